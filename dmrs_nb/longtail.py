@@ -76,7 +76,7 @@ def cls_num_list(
         raise ValueError(f"targets: found labels {targets.min()}…{targets.max()}, expected 0…{num_classes - 1}.")
     return np.bincount(targets, minlength=num_classes).tolist()
 
-# %% ../nbs/01_longtail.ipynb #d79d1e47
+# %% ../nbs/01_longtail.ipynb #e6d6cdab
 def _name(
     c: int,             # class index
     classnames=None,    # (C,) names, where known
@@ -88,10 +88,12 @@ def _name(
 def _check_no_empty_class(
     counts,             # (C,) images per class
     classnames=None,    # (C,) names, where known
+    kind: str = "",     # which images, for the sentence
 ) -> None:
     "Raise `ValueError` that names the first class without an image."
     for c, n in enumerate(counts):
-        if n == 0: raise ValueError(f"targets: {_name(c, classnames)} has no image, expected at least 1; remove the class or add images.")
+        if n == 0: raise ValueError(f"targets: {_name(c, classnames)} has no {kind}image, expected at least 1; "
+                                    "remove the class or add images.")
 
 # %% ../nbs/01_longtail.ipynb #7ca60d70
 def stratified_split(
@@ -116,7 +118,7 @@ def stratified_split(
         for part, chunk in zip(("test", "val", "train"), np.split(idx, [n_test, n_test + n_val])): parts[part].append(chunk)
     return {part: np.sort(np.concatenate(chunks or [[]])).astype(np.int64) for part, chunks in parts.items()}
 
-# %% ../nbs/01_longtail.ipynb #50bb977c
+# %% ../nbs/01_longtail.ipynb #d7749237
 def published_split(
     n: int,                    # N, number of images
     test_ratio: float = 0.2,   # share of the test part, in (0, 1)
@@ -126,6 +128,7 @@ def published_split(
     import torch  # here, so that counting images does not load it
     if not 0 < test_ratio < 1: raise ValueError(f"test_ratio: found {test_ratio}, expected a number between 0 and 1.")
     n_train = n - int(n * test_ratio)
+    if n_train in (0, n): raise ValueError(f"n: found {n} images, too few for a training and a test part at test_ratio {test_ratio}.")
     idx = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     return {"train": idx[:n_train], "val": idx[:0], "test": idx[n_train:]}
 
@@ -208,7 +211,7 @@ def _given_split(
     carved = stratified_split(targets[parts["train"]], **shares, seed=seed, classnames=classnames)
     return {name: parts[name] if shares.get(name) == 0. else parts["train"][carved[name]] for name in parts}
 
-# %% ../nbs/01_longtail.ipynb #b9a9f040
+# %% ../nbs/01_longtail.ipynb #e7e8b10d
 def longtail_split(
     targets,                        # (N,) class index of each image
     classnames,                     # (C,) names
@@ -232,6 +235,7 @@ def longtail_split(
     elif split == "published": parts = published_split(len(targets), test, split_seed)
     else: parts = stratified_split(targets, val, test, split_seed, classnames)
     train, available = parts["train"], cls_num_list(targets[parts["train"]], C)
+    _check_no_empty_class(available, classnames, "training ")
     profile = img_num_per_cls(len(train) // C if img_max is None else img_max, C, imb_type, imb_factor)
     if imb_type != "none":
         counts = np.array(profile)[np.argsort(class_order(available, order, seed))]
