@@ -1,20 +1,27 @@
 """The report on made-up run folders: what is missing, damaged, degenerate or badly spread over seeds."""
 import json
+import statistics
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import matplotlib
-matplotlib.use("Agg")
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from dmrs_nb import report
-from dmrs_nb.longtail import SHOT_COLORS
-from dmrs_nb.losses import ensemble
-from dmrs_nb.metrics import compute_metrics
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
-import torch
+from dmrs_nb import report  # noqa: E402
+from dmrs_nb.longtail import SHOT_COLORS  # noqa: E402
+from dmrs_nb.losses import ensemble  # noqa: E402
+from dmrs_nb.metrics import compute_metrics  # noqa: E402
 
 WORDS = ["forest", "dense residential", "runway", "golf course", "harbor"]
 COUNTS = [120, 60, 50, 12, 8]
@@ -59,3 +66,253 @@ def edit(run, change):
 
 
 def texts(fig): return [t.get_text() for ax in fig.axes for t in [ax.title, ax._left_title, *ax.texts]]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    "A small benchmark with an ablation: four configurations of dmrs, ce at three seeds, zero-shot at one."
+    out = tmp_path_factory.mktemp("runs")
+    mme = dict(method="dmrs", E=3, loss="mme", mixing="mixsss", lambdas=[-.5, 0, 1.5])
+    for s in range(3):
+        make_run(out, f"dmrs-s{s}", seed=s, **mme)
+        make_run(out, f"dmrs-nomix-s{s}", seed=s, **mme | dict(mixing="none"))
+        make_run(out, f"dmrs-random-s{s}", seed=s, **mme | dict(mix_partner="random"))
+        make_run(out, f"dmrs-one-s{s}", seed=s, **mme | dict(E=1, lambdas=[0.0]))
+        make_run(out, f"ce-s{s}", seed=s, strength=1)
+    make_run(out, "zs-s0", method="zero-shot", strength=.5, steps=0)
+    return out
+
+
+# ---- reading one run: every fault is a sentence that names the file
+
+def test_load_run_reads_what_was_written(out):
+    run = report.load_run(out / "dmrs-s0")
+    assert run.predictions["test_logits"].shape == (3, 50, 5) and len(run.history) == 4
+    assert [run.data["words"][c] for c in run.order] == WORDS
+    np.testing.assert_allclose(report.run_probs(run), torch.as_tensor(run.predictions["test_logits"]).softmax(-1).mean(0), atol=1e-6)
+
+
+def cut(name): return lambda run: (run / name).write_bytes((run / name).read_bytes()[: (run / name).stat().st_size // 2])
+def drop(*keys):
+    def change(record):
+        for k in keys[:-1]: record = record[k]
+        del record[keys[-1]]
+    return lambda run: edit(run, change)
+def savez(**arrays): return lambda run: np.savez(run / "predictions.npz", **arrays)
+def write(name, text): return lambda run: (run / name).write_text(text)
+PICKLED = dict(test_logits=np.array([{}], object), test_targets=np.zeros(1), test_paths=np.array(["a"]))
+SHORT = dict(test_logits=np.zeros((1, 7, 5)), test_targets=np.zeros(7, int), test_paths=np.array(["a"] * 7))
+
+
+@pytest.mark.parametrize("harm, said", [
+    (cut("metrics.json"), "metrics.json is damaged"), (cut("predictions.npz"), "predictions.npz is damaged"), (cut("config.json"), "config.json is damaged"),
+    (drop("metrics", "few"), "metrics has no few"), (drop("data"), "data has no words, cls_num_list, shot_groups"),
+    (drop("data", "cls_num_list"), "data has no cls_num_list"), (drop("timings"), "lacks timings"),
+    (lambda r: edit(r, lambda d: d.update(schema_version=99)), "schema_version 99"),
+    (lambda r: edit(r, lambda d: d["config"].update(seed=5)), "another config"),
+    (savez(**PICKLED), "predictions.npz is damaged"), (savez(test_logits=np.zeros((1, 2, 5))), "has no test_targets, test_paths"),
+    (savez(**SHORT | dict(test_logits=np.zeros((1, 7, 4)))), r"test_logits is \(1, 7, 4\), expected \(experts, 7 images, 5 classes\)"),
+    (savez(**SHORT | dict(test_logits=np.zeros((7, 5)))), "expected .experts, 7 images"),
+    (write("history.csv", ""), "history.csv is damaged"), (write("history.csv", "a,b\n1,2\n"), "no column loss, step"),
+    (lambda r: (r / "metrics.json").unlink(), "the run is not finished"),
+])
+def test_damage_is_a_sentence(tmp_path, harm, said):
+    run = make_run(tmp_path, "r")
+    harm(run)
+    with pytest.raises(ValueError, match=said): report.load_run(run)
+
+
+def test_no_run_at_all(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"): report.load_run(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected a run folder"): report.load_run(tmp_path)
+
+
+def test_stored_results_have_neither_predictions_nor_history(tmp_path):
+    run = report.load_run(make_run(tmp_path, "r", E=2, predictions=False, history=False))
+    assert run.predictions is None and run.history is None
+    for plot in (report.plot_per_class, report.plot_experts): plot(run)
+    for plot in (report.plot_confusion, lambda r: report.plot_mistakes(r, "."), report.mistakes):
+        with pytest.raises(ValueError, match="predictions.npz"): plot(run)
+    with pytest.raises(ValueError, match="no val predictions"): report.run_probs(run, "val")
+
+
+# ---- many runs
+
+def test_results_keeps_going_and_reports(tmp_path):
+    for s in range(2): make_run(tmp_path, f"r{s}", seed=s)
+    cut("metrics.json")(make_run(tmp_path, "bad"))
+    (make_run(tmp_path, "going") / "metrics.json").unlink()
+    df = report.results(tmp_path)
+    assert len(df) == 2 and df.attrs["unfinished"] == ["going"] and "bad" in df.attrs["problems"][0]
+    assert {"method", "seed", "acc1", "data.name", "data.words", "parameters.trainable", "timings.total_s"} <= set(df)
+
+
+def test_results_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished run.*01_run.ipynb"): report.results(tmp_path)
+    (make_run(tmp_path, "going") / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="1 started, none finished"): report.results(tmp_path)
+    with pytest.raises(ValueError, match="is no folder"): report.results(tmp_path / "nowhere")
+
+
+def test_rows_come_in_the_order_of_the_book(out):
+    assert list(dict.fromkeys(report.results(out).method)) == ["zero-shot", "ce", "dmrs"]
+
+
+def test_labels_name_the_ablation(out):
+    df = report.results(out)
+    assert set(report.labels(df)) == {"zero-shot", "ce", "dmrs", "dmrs · no mixing", "dmrs · random partner", "dmrs · E = 1 · λ = 0"}
+    assert report.base_fields(df)["dmrs"] == {"num_experts": 3, "lambdas": [-.5, 0, 1.5], "mixing": "mixsss", "mix_partner": "similar"}
+
+
+def test_settings_are_spelled_out_wherever_they_differ(tmp_path):
+    for s in range(3): make_run(tmp_path, f"a{s}", seed=s)
+    make_run(tmp_path, "b", method="dmrs", imb_factor=.1)
+    df = report.results(tmp_path)
+    assert set(report.labels(df)) == {"ce · imbalance 0.05", "dmrs · imbalance 0.1"}
+    with pytest.raises(ValueError, match="different classes"):
+        report.plot_class_grid(df.assign(**{"data.cls_num_list": [COUNTS] * 3 + [COUNTS[::-1]]}))
+
+
+def test_other_images_under_one_name_are_another_row(tmp_path):
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", data={"fingerprint": "0123456789abcdef"})
+    df = report.results(tmp_path)
+    assert report.varying_fields(df) == ["data.fingerprint"] and set(report.labels(df)) == {"ce · images f0", "ce · images 01234567"}
+    df["data.name"] = ["one", "two"]  # the name tells them apart: no need for the hash
+    assert report.varying_fields(df) == ["data.name"]
+
+
+def test_where_a_run_happened_and_how_a_number_is_written_are_no_differences(tmp_path):
+    make_run(tmp_path, "a", device="cpu", steps=10, out_dir="x")
+    make_run(tmp_path, "b", seed=1, device="cuda", steps=10.0, out_dir="y", new_field=None)
+    assert report.varying_fields(report.results(tmp_path)) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from(["ce", "dmrs"]), st.integers(1, 3), st.sampled_from(["none", "mixsss"]),
+                          st.sampled_from([None, 0.05, 0.050000001, 1e-4]), st.sampled_from([None, [0.0], [-.5, 1.5]])), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_one_label_is_one_configuration(rows):
+    df = pd.DataFrame(rows, columns=["method", "num_experts", "mixing", "lr", "lambdas"])
+    label, config = report.labels(df), pd.Series([json.dumps(r) for r in rows])
+    assert (pd.factorize(label)[0] == pd.factorize(config)[0]).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_summary_agrees_with_the_statistics_module(values):
+    df = pd.DataFrame({"method": "ce", "seed": range(len(values)), "acc1": values})
+    row = report.summary(df, metrics=("acc1",), fmt=False).iloc[0]
+    np.testing.assert_allclose([row["acc1", "mean"], row["acc1", "std"]], [statistics.mean(values), statistics.stdev(values)], atol=1e-9)
+    assert row["seeds", ""] == len(values)
+
+
+def test_a_seed_counts_once_and_an_empty_group_not_at_all():
+    df = pd.DataFrame({"method": "ce", "seed": [0, 0, 1], "acc1": [.4, .6, .7], "few": [np.nan] * 3, "kappa": [.5, .5, .5]})
+    row = report.summary(df, metrics=("acc1", "few", "kappa")).iloc[0]
+    assert list(row) == ["60.0 ± 14.1", "–", "0.50 ± 0.00", 2]
+    assert list(report.summary(df, by=["method", "seed"], metrics=("acc1",)).seeds) == [1, 1]
+    with pytest.raises(ValueError, match="no column recall"): report.summary(df, metrics=("recall",))
+    with pytest.raises(ValueError, match="no column datum"): report.summary(df, by="datum", metrics=("acc1",))
+
+
+# ---- figures
+
+def test_every_figure_is_drawn_and_none_is_left_open(out, tmp_path):
+    plt.close("all")
+    df, run = report.results(out), report.load_run(out / "dmrs-one-s0")
+    figures = [report.plot_shot_groups(df), report.plot_class_grid(df), report.plot_history(run), report.plot_confusion(run), report.plot_experts(run),
+               report.plot_per_class([report.load_run(out / f"ce-s{s}") for s in range(3)]), report.plot_longtail(COUNTS, WORDS, GROUPS)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a layout that collapses is only a warning
+        for i, fig in enumerate(figures): fig.savefig(tmp_path / f"{i}.pdf")
+    assert plt.get_fignums() == []
+
+
+def test_axes_that_are_given_are_used(out):
+    df, run = report.results(out), report.load_run(out / "dmrs-s0")
+    for plot in (lambda ax: report.plot_shot_groups(df, ax=ax), lambda ax: report.plot_class_grid(df, ax=ax), lambda ax: report.plot_confusion(run, ax=ax),
+                 lambda ax: report.plot_experts(run, ax=ax), lambda ax: report.plot_longtail(COUNTS, WORDS, GROUPS, ax=ax)):
+        fig, ax = plt.subplots()
+        assert plot(ax) is fig and ax.has_data()
+        plt.close(fig)
+
+
+def test_bars_carry_the_numbers_and_the_colours(out):
+    run = report.load_run(out / "dmrs-s0")
+    bars = report.plot_per_class(run).axes[0].patches
+    np.testing.assert_allclose([b.get_height() for b in bars], 100 * np.array(run.metrics["per_class_recall"]))
+    assert [matplotlib.colors.to_hex(b.get_facecolor()).upper() for b in bars] == [SHOT_COLORS[g].upper() for g in GROUPS]
+    experts = report.expert_table(run)
+    assert list(experts.index) == ["expert 1, λ = −0.5", "expert 2, λ = 0", "expert 3, λ = 1.5", "ensemble"]
+    heights = {round(b.get_height(), 6) for b in report.plot_experts(run).axes[0].patches}
+    assert heights == {round(100 * v, 6) for v in experts[list(report.GROUPS)].to_numpy().ravel()}
+
+
+def test_experts_can_be_recomputed_from_predictions(tmp_path):
+    path = make_run(tmp_path, "r", E=3)
+    before = report.expert_table(report.load_run(path))
+    edit(path, lambda d: d.update(experts=[]))
+    pd.testing.assert_frame_equal(report.expert_table(report.load_run(path)), before)
+
+
+def test_a_run_without_training_or_validation(tmp_path):
+    path = make_run(tmp_path, "r", method="zero-shot")
+    (path / "history.csv").write_text(EMPTY_HISTORY)
+    assert any("without training" in t for t in texts(report.plot_history(report.load_run(path))))
+    (path / "history.csv").write_text("step,loss,val_acc1\n1,2.0,\n2,1.0,\n")
+    assert any("no validation images" in t for t in texts(report.plot_history(report.load_run(path))))
+
+
+def test_a_group_that_is_empty(tmp_path):
+    path = make_run(tmp_path, "r", E=2)
+    def no_few(d):
+        d["data"]["shot_groups"] = ["many", "medium", "medium", "medium", "medium"]
+        for m in (d["metrics"], *d["experts"]): m["few"] = None
+    edit(path, no_few)
+    run, df = report.load_run(path), report.results(tmp_path)
+    for fig in (report.plot_per_class(run), report.plot_experts(run), report.plot_shot_groups(df), report.plot_confusion(run)): fig.canvas.draw()
+    assert report.summary(df).few.item() == "–"
+
+
+def test_a_hundred_classes_and_two(tmp_path):
+    for C in (2, 100):
+        counts, groups = list(range(2 * C, C, -1)), ["many"] * (C // 2) + ["few"] * (C - C // 2)
+        fig = report.plot_longtail(counts, [f"class {c}" for c in range(C)], groups)
+        fig.canvas.draw()
+        assert len(fig.axes[0].get_xticklabels()) == C
+    with pytest.raises(ValueError, match="found 2, 3 and 2 entries"): report.plot_longtail([1, 2], ["a", "b", "c"], ["many", "few"])
+
+
+def test_seeds_of_different_classes_are_not_averaged(out, tmp_path):
+    other = report.load_run(make_run(tmp_path, "r", data={"cls_num_list": COUNTS[::-1]}))
+    with pytest.raises(ValueError, match="expected the seeds of one configuration"): report.plot_per_class([report.load_run(out / "ce-s0"), other])
+
+
+@pytest.mark.parametrize("kind", ["folder", "path", "items", "function"])
+def test_mistakes_with_their_images(tmp_path, kind):
+    run = report.load_run(make_run(tmp_path / "runs", "r", strength=.5))
+    table = report.mistakes(run, 5)
+    root = tmp_path / "images"
+    for p in table.path[1:]:
+        (root / p).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 90).save(root / p)
+    images = {"folder": str(root), "path": root, "items": SimpleNamespace(root=root), "function": lambda p: np.asarray(Image.open(root / p).convert("RGB"))}[kind]
+    fig = report.plot_mistakes(run, images, n=5)
+    said = texts(fig)
+    assert sum(bool(ax.images) for ax in fig.axes) == 4 and sum("could not be read" in t for t in said) == 1  # the file that is not there
+    assert any(f"→ {table.answered[0]}, {100 * table.probability[0]:.0f} %" in t for t in said)
+    probs, targets = report.run_probs(run), run.predictions["test_targets"]
+    assert table.probability[0] == max(p.max() for p, t in zip(probs, targets) if p.argmax() != t)
+
+
+def test_a_run_without_mistakes(tmp_path):
+    run = report.load_run(make_run(tmp_path, "r", strength=50))
+    assert report.mistakes(run).empty
+    assert report.plot_mistakes(run, tmp_path)._suptitle.get_text() == "No mistakes"
+    assert "No mistakes" in texts(report.plot_confusion(run))
+
+
+def test_the_module_works_without_a_display_and_without_notebook_tools():
+    code = "import sys, dmrs_nb.report; bad = {'nbdev', 'fastcore', 'IPython', 'open_clip'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
