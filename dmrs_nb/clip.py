@@ -111,7 +111,7 @@ def read_state_dict(
     marks = [state.pop(k, None) is not None for k in ("input_resolution", "context_length", "vocab_size")]
     return state, any(marks)
 
-# %% ../nbs/10_clip.ipynb #e29d424f
+# %% ../nbs/10_clip.ipynb #d7de4221
 def _looks_like(state: dict) -> list[str]:
     "Names of the open_clip models whose plain ViT has the shapes of a state dict."
     need = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding")
@@ -122,7 +122,7 @@ def _looks_like(state: dict) -> list[str]:
     fits = lambda c: c["embed_dim"] == proj.shape[1] and all(c["vision_cfg"].get(k) == v for k, v in found.items())
     return [n for n in open_clip.list_models() if fits(open_clip.get_model_config(n))]
 
-
+# %% ../nbs/10_clip.ipynb #74dcf8ef
 def load_state(
     model: nn.Module,  # open_clip model; it is filled in place
     state: dict,       # first answer of read_state_dict
@@ -166,7 +166,7 @@ def _check_activation(backbone: str, config: dict, quick_gelu: bool, source: str
     raise ValueError(f"{source} was trained with {name}, backbone={backbone!r} computes {other}: it would load and be quietly worse. "
                      f"{right}, or pass quick_gelu={quick_gelu} (or {not quick_gelu}, if you know better) to load_clip.")
 
-# %% ../nbs/10_clip.ipynb #9a13e54c
+# %% ../nbs/10_clip.ipynb #ddec4b8b
 @dataclass
 class CLIP:
     "A frozen open_clip model with what belongs to it."
@@ -187,7 +187,7 @@ class CLIP:
     @property
     def embed_dim(self) -> int: return self.model.visual.output_dim  # D
 
-
+# %% ../nbs/10_clip.ipynb #4fb0c104
 def fingerprint(
     model: nn.Module,  # any module
     config: dict,      # what else its output depends on
@@ -313,7 +313,7 @@ def _check_distinct(clip: CLIP, words: list[str], features: Tensor) -> None:
         raise ValueError(f"classes {words[a]!r} and {words[b]!r} have the same text feature: {clip.backbone} does not know these words and "
                          "could never tell the classes apart. Describe them in other words, or take a larger backbone.")
 
-# %% ../nbs/10_clip.ipynb #5f828d75
+# %% ../nbs/10_clip.ipynb #21b01669
 def _read_or_none(path: Path) -> Tensor | None:
     try: return load_file(path)["text_features"]
     except (OSError, SafetensorError, KeyError): return None  # not there, or damaged: it is written again
@@ -332,7 +332,7 @@ def _write(path: Path, features: Tensor) -> None:
         if temporary: Path(temporary).unlink(missing_ok=True)
         warnings.warn(f"text features were not cached in {path.parent} ({e}); they are computed again next time.")
 
-
+# %% ../nbs/10_clip.ipynb #b872d859
 def encode_text(
     clip: CLIP,
     words: list[str],                            # C class names as words
