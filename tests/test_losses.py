@@ -177,8 +177,10 @@ def test_counts_that_have_no_logarithm(loss, counts, sentence):
 
 
 @pytest.mark.parametrize("logits, targets, sentence", [
-    ((2, 4, 3), (4,), "2 experts, but the loss has 3 lambdas"), ((4, 3), (4,), "1 experts"), ((3, 4, 5), (4,), "5 classes, but cls_num_list has 3"),
-    ((3, 4, 3), (3,), r"expected \(4,\) class indices or \(4, 3\) soft labels"), ((3, 4, 3), (4, 5), "found shape"), ((3, 1, 4, 3), (4,), "E, B, C")])
+    ((2, 4, 3), (4,), "2 experts, but the loss has 3 lambdas"), ((4, 3), (4,), "1 experts"),
+    ((3, 4, 5), (4,), "5 classes, but cls_num_list has 3"),
+    ((3, 4, 3), (3,), r"expected \(4,\) class indices or \(4, 3\) soft labels"),
+    ((3, 4, 3), (4, 5), "found shape"), ((3, 1, 4, 3), (4,), "E, B, C")])
 def test_shapes_that_do_not_fit(logits, targets, sentence):
     y = torch.zeros(targets) if len(targets) > 1 else torch.zeros(targets, dtype=torch.long)
     with pytest.raises(ValueError, match=sentence): MMELoss([5, 3, 1])(torch.zeros(logits), y)

@@ -212,7 +212,8 @@ def test_published_ratio_is_one_a_batch_and_per_image_is_many():
     (dict(similarity=torch.full((3, 3), float("nan"))), "not finite"), (dict(num_classes=5), "expected 5 classes, found 3"),
     (dict(cells=0), "cells: expected at least 1"), (dict(alpha=-1), "alpha: expected a number above 0, found -1"),
     (dict(alpha=float("nan")), "alpha"), (dict(label_smoothing=1.), "label_smoothing"), (dict(mix_prob=1.5), "mix_prob.*found 1.5"),
-    (dict(partner="flipped"), "Did you mean 'flip'"), (dict(similarity=None, partner="random"), "num_classes: expected at least 1, found None")])
+    (dict(partner="flipped"), "Did you mean 'flip'"),
+    (dict(similarity=None, partner="random"), "num_classes: expected at least 1, found None")])
 def test_settings_that_cannot_be_meant(kw, sentence):
     with pytest.raises(ValueError, match=sentence): MixSSS(**{"similarity": torch.rand(3, 3), **kw})
 
