@@ -402,7 +402,7 @@ def backbone_preprocess(
     return Preprocess(size[0], tuple(cfg.get("mean", OPENAI_MEAN)), tuple(cfg.get("std", OPENAI_STD)),
                       cfg.get("interpolation", "bicubic"), cfg.get("resize_mode", "shortest"))
 
-# %% ../nbs/02_data.ipynb #f8321122
+# %% ../nbs/02_data.ipynb #b549bc93
 def check_preprocess(
     found: Preprocess,  # what the images went through
     expected: Preprocess,  # what the backbone was trained with
@@ -411,7 +411,8 @@ def check_preprocess(
     for name, want in asdict(expected).items():
         have = getattr(found, name)
         same = np.allclose(have, want, atol=1e-6) if name in ("mean", "std") else have == want
-        if not same: raise ValueError(f"preprocess.{name}: found {have}, expected {want}; use one preprocess throughout, the backbone's own")
+        if same: continue
+        raise ValueError(f"preprocess.{name}: found {have}, expected {want}; use one preprocess throughout, the backbone's own")
 
 # %% ../nbs/02_data.ipynb #5e9fb054
 @dataclass
@@ -493,7 +494,7 @@ def _write_images(temp, items, preprocess, pool, progress):
             bar.update(len(chunk))
     (temp/"meta.json").write_text(json.dumps(dict(bad=bad, preprocess=asdict(preprocess))))
 
-# %% ../nbs/02_data.ipynb #0561c039
+# %% ../nbs/02_data.ipynb #27489aa6
 def _open_cache(folder, items, preprocess):
     "The finished cache in `folder`, or None when it is not there or damaged."
     try:
@@ -511,8 +512,8 @@ def _cpus(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffini
 
 def _stop_on_bad(items, cache):
     if not cache.bad: return
-    first = "; ".join(f"{p}: {reason}" for p, reason in cache.bad[:5])
-    raise ValueError(f"{items.root}: {len(cache.bad)} of {len(items)} images cannot be read ({first}{'; …' if len(cache.bad) > 5 else ''}); "
+    first = "; ".join(f"{p}: {reason}" for p, reason in cache.bad[:5]) + ("; …" if len(cache.bad) > 5 else "")
+    raise ValueError(f"{items.root}: {len(cache.bad)} of {len(items)} images cannot be read ({first}); "
                      "replace or remove them, or pass bad_images='skip'")
 
 # %% ../nbs/02_data.ipynb #06d123ca
@@ -713,12 +714,11 @@ def words(
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)", " ", folder_name)
     return " ".join(w for token in re.split(r"[\W_]+", spaced.lower()) if token for w in _segment(token))
 
-# %% ../nbs/02_data.ipynb #337e0fec
+# %% ../nbs/02_data.ipynb #ffb6e243
 def _read_overrides(overrides):
-    "A dictionary, from a dictionary or from a JSON or YAML file (JSON is YAML)."
     if overrides is None or isinstance(overrides, dict): return dict(overrides or {})
     path = Path(overrides)
-    try: read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except OSError as e: raise ValueError(f"{path}: cannot read the override file ({e.strerror})") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not JSON or YAML ({' '.join(str(e).split())})") from e
     if not isinstance(read, dict) or not all(isinstance(v, str) and v.strip() for v in read.values()):
