@@ -84,7 +84,7 @@ def _model_config(backbone: str) -> dict:
     if isinstance(vision.get("layers", 12), int) and "timm_model_name" not in vision: vision["block_type"] = "custom"
     return config
 
-# %% ../nbs/10_clip.ipynb #6d67784b
+# %% ../nbs/10_clip.ipynb #73ff5ee7
 def _read_tensors(path: Path):
     if path.suffix == ".safetensors": return load_file(path)
     if not zipfile.is_zipfile(path) or not any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
@@ -102,11 +102,12 @@ def read_state_dict(
     if not path.is_file(): raise ValueError(f"pretrained={str(path)!r}: there is no such file.")
     try: state = _read_tensors(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: cannot be read as weights ({' '.join(str(e).split())[:120]}…). Expected .safetensors, a file written by "
+        why = " ".join(str(e).split()).split(" (")[0][:120]
+        raise ValueError(f"{path}: cannot be read as weights ({why}). Expected .safetensors, a file written by "
                          "torch.save(model.state_dict(), …), or OpenAI's TorchScript archive; nothing else is unpickled.") from e
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: expected names and tensors, found {type(state).__name__} with other things in it; save the state dict alone.")
+        raise ValueError(f"{path}: expected names and tensors, found other things; save the state dict alone.")
     state = {k.removeprefix("module."): v for k, v in state.items()}
     marks = [state.pop(k, None) is not None for k in ("input_resolution", "context_length", "vocab_size")]
     return state, any(marks)
@@ -122,7 +123,7 @@ def _looks_like(state: dict) -> list[str]:
     fits = lambda c: c["embed_dim"] == proj.shape[1] and all(c["vision_cfg"].get(k) == v for k, v in found.items())
     return [n for n in open_clip.list_models() if fits(open_clip.get_model_config(n))]
 
-# %% ../nbs/10_clip.ipynb #74dcf8ef
+# %% ../nbs/10_clip.ipynb #79ea10a4
 def load_state(
     model: nn.Module,  # open_clip model; it is filled in place
     state: dict,       # first answer of read_state_dict
@@ -134,13 +135,16 @@ def load_state(
     if "positional_embedding" in state and "positional_embedding" not in own: state = convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):  # some files hold a vector of one
         if key in state and key in own: state[key] = state[key].reshape(own[key].shape)
-    wrong = [f"{k} is {tuple(v.shape)} where {tuple(own[k].shape)} is expected" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    computed = dict(model.named_buffers()).keys() - own.keys()  # a traced archive holds the text mask, which no model loads
+    state = {k: v for k, v in state.items() if k not in computed}
+    wrong = [f"{k} is {tuple(v.shape)} where {tuple(own[k].shape)} is expected" for k, v in state.items()
+             if k in own and v.shape != own[k].shape]
     for what, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
         if keys: wrong.append(f"{len(keys)} tensors are {what}, such as {min(keys)}")
     if not wrong: model.load_state_dict(state); return model
-    alike = _looks_like(state)
-    raise ValueError(f"{source} does not fit backbone={backbone!r}: {'; '.join(wrong[:1] + wrong[1:][-2:])}. "
-                     + (f"Its shapes are those of {' or '.join(map(repr, alike))}." if alike else "Name the backbone that it was trained with."))
+    alike = " or ".join(map(repr, _looks_like(state)))
+    advice = f"Its shapes are those of {alike}." if alike else "Name the backbone that it was trained with."
+    raise ValueError(f"{source} does not fit backbone={backbone!r}: {'; '.join(wrong[:1] + wrong[1:][-2:])}. {advice}")
 
 # %% ../nbs/10_clip.ipynb #acab79cd
 KNOWN_FILES = {  # file name pattern -> what its authors evaluate it with
@@ -199,7 +203,7 @@ def fingerprint(
         digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
-# %% ../nbs/10_clip.ipynb #bae71a46
+# %% ../nbs/10_clip.ipynb #51aa58df
 def _find_weights(backbone: str, config: dict, pretrained: str | Path | None) -> tuple[dict | None, dict]:
     "State dict (None: stay random), and what is known about it: quick_gelu, mean, std, interpolation, resize_mode."
     if pretrained == "random": return None, {}
@@ -208,7 +212,8 @@ def _find_weights(backbone: str, config: dict, pretrained: str | Path | None) ->
     if Path(pretrained).is_file():
         state, from_openai = read_state_dict(pretrained)
         return state, {**known_file(pretrained), **({"quick_gelu": True} if from_openai else {})}
-    if isinstance(pretrained, Path) or len(Path(pretrained).parts) > 1 or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+    file = Path(pretrained)
+    if isinstance(pretrained, Path) or len(file.parts) > 1 or file.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise ValueError(f"pretrained={str(pretrained)!r}: there is no such file.")
     entry = open_clip.get_pretrained_cfg(backbone, pretrained)
     if not entry and open_clip.get_pretrained_cfg(backbone.removesuffix("-quickgelu"), pretrained):
@@ -219,9 +224,9 @@ def _find_weights(backbone: str, config: dict, pretrained: str | Path | None) ->
     _check_activation(backbone, config, bool(entry.get("quick_gelu")), f"pretrained={pretrained!r}")
     try: return read_state_dict(download_pretrained(entry))[0], {k: v for k, v in entry.items() if k != "quick_gelu"}
     except (OSError, RuntimeError) as e:
-        raise ValueError(f"pretrained={pretrained!r} cannot be downloaded ({e}). Fetch it where there is a network and give the file.") from e
+        raise ValueError(f"pretrained={pretrained!r} cannot be downloaded ({e}). Fetch it elsewhere and give the file.") from e
 
-# %% ../nbs/10_clip.ipynb #d752f6ba
+# %% ../nbs/10_clip.ipynb #e62de0a3
 def _create(backbone: str, config: dict, **kw) -> nn.Module:
     "open_clip.create_model with our config, leaving the global random state as it was."
     kw["quick_gelu"] = bool(config.get("quick_gelu"))
@@ -243,11 +248,12 @@ def _build(backbone: str, config: dict, pretrained: str | Path | None, quick_gel
         except (OSError, RuntimeError, ValueError) as e: raise ValueError(f"backbone={backbone!r} cannot be loaded: {e}") from e
         return model, model.visual.preprocess_cfg
     state, found = _find_weights(backbone, config, pretrained)
-    if quick_gelu is None and "quick_gelu" in found: _check_activation(backbone, config, found["quick_gelu"], f"pretrained={str(pretrained)!r}")
+    source = f"pretrained={str(pretrained)!r}"
+    if quick_gelu is None and "quick_gelu" in found: _check_activation(backbone, config, found["quick_gelu"], source)
     model = _create(backbone, config, load_weights=False, pretrained_text=False)
-    return (model if state is None else load_state(model, state, f"pretrained={str(pretrained)!r}", backbone)), found
+    return (model if state is None else load_state(model, state, source, backbone)), found
 
-# %% ../nbs/10_clip.ipynb #fe5c3728
+# %% ../nbs/10_clip.ipynb #bc84fb8c
 def load_clip(
     backbone: str = TINY,                  # a name of open_clip.list_models(), "hf-hub:org/name" or "local-dir:folder"
     pretrained: str | Path | None = None,  # open_clip tag, weight file, or "random"; None: the weights in the package
@@ -262,7 +268,8 @@ def load_clip(
     if preprocess is None:
         size = model.visual.image_size
         fields = {k: found[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in found}
-        preprocess = Preprocess(size if isinstance(size, int) else size[0], **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields |= {k: tuple(fields[k]) for k in ("mean", "std") if k in fields}
+        preprocess = Preprocess(size if isinstance(size, int) else size[0], **fields)
     source = str(pretrained) if pretrained is not None else "embedded" if backbone == TINY else backbone
     return CLIP(model, open_clip.get_tokenizer(backbone), preprocess, backbone, source, fingerprint(model, config))
 
@@ -372,7 +379,7 @@ def encode_images(
     features = [clip.model.encode_image(b.to(clip.device), normalize=True).cpu() for b in batches]
     return torch.cat(features) if features else torch.zeros(0, clip.embed_dim)
 
-# %% ../nbs/10_clip.ipynb #240ca4ab
+# %% ../nbs/10_clip.ipynb #d1163c3e
 class LinearProbe(nn.Module):
     "A linear classifier on frozen image features; begun from text features it is zero-shot until it is trained."
     def __init__(
@@ -382,7 +389,8 @@ class LinearProbe(nn.Module):
         num_classes: int | None = None,       # C, needed when text_features is None
     ):
         super().__init__()
-        if text_features is None and num_classes is None: raise ValueError("LinearProbe needs text_features, or num_classes to begin from zeros.")
+        if text_features is None and num_classes is None:
+            raise ValueError("LinearProbe needs text_features, or num_classes to begin from zeros.")
         weight = torch.zeros(num_classes, clip.embed_dim) if text_features is None else text_features
         self.__dict__["clip"] = clip  # not a submodule, so that state_dict() and parameters() hold the head alone
         self.logit_scale = clip.logit_scale
