@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# %% ../nbs/40_metrics.ipynb #d16c769f
+# %% ../nbs/40_metrics.ipynb #eb1ecbb5
 def as_array(
     x,  # torch tensor on any device, numpy array or list
 ) -> np.ndarray:  # the same values
@@ -30,7 +30,8 @@ def check_classes(
     "Refuse what are no class numbers; ValueError says which were found."
     if x.size and not np.issubdtype(x.dtype, np.integer): raise ValueError(f"{name} is of type {x.dtype}, expected whole class numbers.")
     if x.size and not (0 <= x.min() and x.max() < num_classes):
-        raise ValueError(f"{name} holds classes {x.min()} to {x.max()}, expected 0 to {num_classes - 1}: is num_classes = {num_classes} right?")
+        raise ValueError(f"{name} holds classes {x.min()} to {x.max()}, expected 0 to {num_classes - 1}: "
+                         f"is num_classes = {num_classes} right?")
 
 # %% ../nbs/40_metrics.ipynb #51394b2b
 def confusion_matrix(
@@ -131,7 +132,7 @@ def expected_calibration_error(
     probs, targets = as_array(probs).astype(float), as_array(targets)
     return _calibration_gap(probs.max(1), probs.argmax(1) == targets, bins)
 
-# %% ../nbs/40_metrics.ipynb #74648041
+# %% ../nbs/40_metrics.ipynb #2213ee59
 def check_probs(
     probs: np.ndarray,  # (N, C)
     targets: np.ndarray,  # (N,)
@@ -142,11 +143,13 @@ def check_probs(
     if not len(targets): raise ValueError("probs and targets are empty: expected at least one test image.")
     bad = ~np.isfinite(probs).all(1)
     if bad.any():
-        raise ValueError(f"probs holds NaN or infinity in {bad.sum()} of {len(bad)} rows, the first is row {bad.argmax()}: did training diverge?")
+        raise ValueError(f"probs holds NaN or infinity in {bad.sum()} of {len(bad)} rows, the first is row {bad.argmax()}: "
+                         "did training diverge?")
     total = probs.astype(float).sum(1)
     bad = (probs.min(1) < 0) | (np.abs(total - 1) > 0.02)
     if bad.any():
-        raise ValueError(f"row {bad.argmax()} of probs sums to {total[bad.argmax()]:.3g} with a minimum of {probs[bad.argmax()].min():.3g}, "
+        row = bad.argmax()
+        raise ValueError(f"row {row} of probs sums to {total[row]:.3g} with a minimum of {probs[row].min():.3g}, "
                          "expected probabilities: apply softmax to logits first.")
 
 # %% ../nbs/40_metrics.ipynb #3ffc6267
@@ -180,7 +183,7 @@ def check_rows(
     if len(set(sizes)) != 1 or not sizes[0]: raise ValueError(f"the arrays have {sizes} rows, expected one length, at least 1, for all.")
     return sizes[0]
 
-# %% ../nbs/40_metrics.ipynb #574c9139
+# %% ../nbs/40_metrics.ipynb #d4b0be82
 def bootstrap_interval(
     statistic: Callable,  # takes the arrays, gives a number (or an array of numbers); NaN where it is not defined
     *arrays,  # (N, …) each; redrawn together, row by row
@@ -195,7 +198,8 @@ def bootstrap_interval(
     size = check_rows(*arrays, *([] if strata is None else [strata]))
     if not 0 < level < 1: raise ValueError(f"level is {level}, expected a share between 0 and 1, e.g. 0.95.")
     values = np.array([statistic(*(a[rows] for a in arrays)) for rows in _resamples(size, n, seed, strata)], float)
-    if np.isnan(values).all(0).any(): raise ValueError("the statistic is undefined (NaN) in every resample: are there test images of that group?")
+    if np.isnan(values).all(0).any():
+        raise ValueError("the statistic is undefined (NaN) in every resample: are there test images of that group?")
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return (float(low), float(high)) if values.ndim == 1 else (low, high)
 

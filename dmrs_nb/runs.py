@@ -390,7 +390,7 @@ def finish_run(
         with contextlib.suppress(OSError): run.checkpoint_path.parent.rmdir()
     return written
 
-# %% ../nbs/45_runs.ipynb #483a6f99
+# %% ../nbs/45_runs.ipynb #37ce95e0
 def start_run(
     run: RunFiles,  # where
     config: dict,  # everything that decides the result
@@ -412,7 +412,7 @@ def start_run(
     env, before = environment(device), {}
     with contextlib.suppress(ValueError): before = read_json(run.environment_path)
     if run.checkpoint_path.exists() and before.get("code", env["code"]) != env["code"]:
-        warnings.warn(f"{run.path} goes on from a checkpoint that other code wrote: for a result of one code, delete the folder.", stacklevel=3)
+        warnings.warn(f"{run.path} goes on from a checkpoint that other code wrote: delete the folder for a result of one code.", stacklevel=3)
     write_json(run.environment_path, env)
 
 # %% ../nbs/45_runs.ipynb #91ba54fc

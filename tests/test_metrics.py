@@ -68,8 +68,9 @@ def test_repeating_the_common_images_moves_only_what_weighs_images():
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "float64", "list", "grad"])
 def test_takes_what_models_give(kind):
     probs, targets = answers(1)
-    given_ = {"list": probs.tolist(), "grad": probs.clone().requires_grad_()}[kind] if kind in ("list", "grad") else probs.to(getattr(torch, kind))
-    assert compute_metrics(given_, targets)["mean_per_class_recall"] == pytest.approx(compute_metrics(probs, targets)["mean_per_class_recall"], abs=0.02)
+    other = {"list": probs.tolist(), "grad": probs.clone().requires_grad_()}
+    a, b = (compute_metrics(p, targets)["mean_per_class_recall"] for p in (probs, other[kind] if kind in other else probs.to(getattr(torch, kind))))
+    assert a == pytest.approx(b, abs=0.02)
 
 
 def test_what_is_not_defined_is_none_and_json():
@@ -95,7 +96,7 @@ def test_faults_are_sentences(change, message):
 
 
 def test_faulty_groups_are_sentences():
-    with pytest.raises(ValueError, match="groups has 2 entries, expected one for each of 6 classes"): compute_metrics(*answers(0), ["many", "few"])
+    with pytest.raises(ValueError, match="groups has 2 entries, expected one for each of 6"): compute_metrics(*answers(0), ["many", "few"])
     with pytest.raises(ValueError, match="'tail'"): compute_metrics(*answers(0), ["tail"] * 6)
 
 
@@ -129,8 +130,8 @@ def test_accuracy_interval_agrees_with_theory():
 def test_strata_keep_the_number_of_images_per_class():
     labels = np.repeat(np.arange(5), [50, 20, 7, 2, 1])
     counts = []
-    bootstrap_interval(lambda t: counts.append(np.bincount(t, minlength=5).tolist()) or 0.0, np.random.default_rng(0).permutation(labels), n=20,
-                       strata=np.random.default_rng(0).permutation(labels))
+    labels = np.random.default_rng(0).permutation(labels)
+    bootstrap_interval(lambda t: counts.append(np.bincount(t, minlength=5).tolist()) or 0.0, labels, n=20, strata=labels)
     assert all(c == [50, 20, 7, 2, 1] for c in counts)
 
 
@@ -164,5 +165,6 @@ def test_interval_faults_are_sentences(call, message):
 
 def test_a_statistic_undefined_in_some_redraws_still_has_an_interval():
     targets = np.array([0] * 30 + [1])  # the single image of class 1 is missing from a third of the redraws
-    low, high = bootstrap_interval(lambda p, t: confusion_metrics(confusion_matrix(p, t, 2), ["many", "few"])["few"] or np.nan, targets, targets, n=100)
+    def few(preds, targets): return confusion_metrics(confusion_matrix(preds, targets, 2), ["many", "few"])["few"] or np.nan
+    low, high = bootstrap_interval(few, targets, targets, n=100)
     assert (low, high) == (1.0, 1.0)

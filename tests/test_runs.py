@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -188,7 +189,8 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(tmp_path, what):
         nonlocal message
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # Python ignores the signal: the write fails
         try:
-            {"checkpoint": lambda: run.save_checkpoint({"w": torch.zeros(10_000)}, 2), "history": lambda: run.append_history({"step": 2, "loss": 0.5}),
+            {"checkpoint": lambda: run.save_checkpoint({"w": torch.zeros(10_000)}, 2),
+             "history": lambda: run.append_history({"step": 2, "loss": 0.5}),
              "finish": lambda: run.finish({"acc1": 0.5}, {"probs": torch.rand(100, 10)})}[what]()
         except OSError as e: message = str(e)
         os._exit(0 if "could not write" in message and "What was there before is unchanged; free some space" in message else 3)
@@ -197,7 +199,8 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(tmp_path, what):
     assert snapshot(run.path) == before
 
 
-@pytest.mark.parametrize("code, advice", [("ENOSPC", "free some space"), ("EROFS", "choose an out_dir that you may write to"), ("EIO", "check out_dir")])
+@pytest.mark.parametrize("code, advice", [("ENOSPC", "free some space"), ("EROFS", "choose an out_dir that you may write to"),
+                                          ("EIO", "check out_dir")])
 def test_what_the_system_says_becomes_advice(tmp_path, monkeypatch, code, advice):
     import errno
     write_atomic(tmp_path / "f", b"old")
@@ -229,8 +232,8 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 # ---- names and configs ----
 
-values = st.one_of(st.none(), st.booleans(), st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8),
-                   st.lists(st.integers(0, 9), max_size=3))
+values = st.one_of(st.none(), st.booleans(), st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False),
+                   st.text(max_size=8), st.lists(st.integers(0, 9), max_size=3))
 configs = st.dictionaries(st.text(min_size=1, max_size=6), values, max_size=6)
 
 
@@ -240,7 +243,7 @@ def test_run_id_is_a_folder_name_and_knows_no_order(config, prefix, rng):
     keys = list(config); rng.shuffle(keys)
     name = run_id(config, prefix)
     assert name == run_id({k: config[k] for k in keys}, prefix) == run_id(json.loads(json.dumps(config)), prefix)
-    assert len(name) <= 92 and not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.+-") and not name.startswith((".", "-"))
+    assert len(name) <= 92 and not set(name) - set(string.ascii_letters + string.digits + "_.+-") and not name.startswith((".", "-"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -301,7 +304,8 @@ def test_no_runs_at_all(tmp_path):
 def test_predictions_hold_no_objects_and_nothing_is_written(tmp_path):
     run = started(tmp_path / "run")
     before = snapshot(run.path)
-    for fault in ({"predictions": {"paths": np.array(["a", None], dtype=object)}}, {"extra": {"metrics": 1}}, {"timings": {"s": float("nan")}}):
+    objects = np.array(["a", None], dtype=object)
+    for fault in ({"predictions": {"paths": objects}}, {"extra": {"metrics": 1}}, {"timings": {"s": float("nan")}}):
         with pytest.raises(ValueError): run.finish({"acc1": 0.5}, **fault)
     assert snapshot(run.path) == before
     run.finish({"acc1": 0.5}, {"paths": np.array(["a", "b"])}, extra={"val": {"acc1": 0.4}})
@@ -366,7 +370,8 @@ def test_git_commit_of_the_package_and_of_nothing_else(tmp_path):
     git("init"); assert git_commit(package) is None  # inside a repository, but not of it
     git("add", "package"); git("commit", "-m", "x")
     assert git_commit(package) == git("rev-parse", "HEAD")
-    write_atomic(package / "_modidx.py", "d = {}\n"); assert git_commit(package) == git("rev-parse", "HEAD") and code_hash(package) == before
+    write_atomic(package / "_modidx.py", "d = {}\n")
+    assert git_commit(package) == git("rev-parse", "HEAD") and code_hash(package) == before
     write_atomic(package / "__init__.py", "x = 2\n")
     assert git_commit(package) == git("rev-parse", "HEAD") + "+changes" and code_hash(package) != before
 
