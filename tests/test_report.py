@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -326,3 +327,56 @@ def test_the_module_works_without_a_display_and_without_notebook_tools():
     code = "import sys, dmrs_nb.report; bad = {'nbdev', 'fastcore', 'IPython', 'open_clip'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- the results notebook, cell by cell in one namespace: as papermill runs it, without a kernel
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "benchmarks" / "02_results.ipynb"
+
+
+def read_results(capsys, **parameters):
+    "Run 02_results with these parameters; what it displayed, and its variables."
+    injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+    space = {"In": [injected]}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] != "code": continue
+        exec("".join(cell["source"]), space)
+        if "parameters" in cell["metadata"].get("tags", []): exec(injected, space)
+    return capsys.readouterr().out, space
+
+
+@pytest.mark.skipif(not NOTEBOOK.exists(), reason="needs the notebooks of a clone")
+class TestResultsNotebook:
+    def test_two_exams_and_stored_results_only(self, tmp_path, capsys):
+        for s in range(2):
+            for i, kw in enumerate((dict(imb_factor=.05), dict(imb_factor=.1, data={"cls_num_list": [120, 70, 60, 30, 18]}))):
+                make_run(tmp_path / "runs", f"ce{i}{s}", seed=s, predictions=False, history=False, **kw)
+                make_run(tmp_path / "runs", f"dmrs{i}{s}", method="dmrs", E=3, loss="mme", lambdas=[-.5, 0, 1.5], seed=s, predictions=False, history=False, **kw)
+        cut("metrics.json")(make_run(tmp_path / "runs", "bad"))
+        out, space = read_results(capsys, runs=str(tmp_path / "runs"), save=str(tmp_path / "report"))
+        assert len(space["grids"]) == 2 and list(space["table"].seeds) == [2] * 4
+        assert list(space["table"].index) == [f"{m} · imbalance {i}" for i in (.05, .1) for m in ("ce", "dmrs")]
+        assert any("bad" in text for text in space["said"]) and "8 finished runs" in space["said"][0]
+        assert {p.name for p in (tmp_path / "report").iterdir()} == {"table.csv", "runs.csv", *(f"{f}.{k}" for f in ("shot_groups", "classes_0", "classes_1")
+                                                                                                for k in ("pdf", "svg"))}
+
+    def test_one_run_without_training(self, tmp_path, capsys):
+        make_run(tmp_path, "zs", method="zero-shot", steps=0, predictions=False, history=False)
+        _, space = read_results(capsys, runs=str(tmp_path))
+        assert list(space["table"].index) == ["zero-shot"] and "±" not in space["table"].to_string()
+
+    @pytest.mark.parametrize("parameters, said", [(dict(runs="empty"), "holds no finished run"), (dict(runs="nowhere"), "is no folder"),
+                                                  (dict(rnus="x"), "rnus: unknown parameter.*did you mean 'runs'")])
+    def test_what_it_refuses(self, tmp_path, capsys, monkeypatch, parameters, said):
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=said): read_results(capsys, **parameters)
+
+    def test_without_parameters_it_reads_what_is_stored(self, tmp_path, capsys, monkeypatch):
+        make_run(tmp_path / "nbs" / "benchmarks" / "results" / "ucmerced_imb005", "ce", predictions=False, history=False)
+        (tmp_path / "settings.ini").touch()
+        for folder in (tmp_path, tmp_path / "nbs" / "benchmarks"):  # as papermill and as JupyterLab start it
+            monkeypatch.chdir(folder)
+            assert "stored with the book" in read_results(capsys)[1]["said"][0]
+        make_run(tmp_path / "runs", "mine", method="dmrs", predictions=False, history=False)  # a run of one's own comes first
+        assert list(read_results(capsys)[1]["table"].index) == ["dmrs"]
