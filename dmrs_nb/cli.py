@@ -69,5 +69,5 @@ def report(
     shown = [f"{name} {metrics[key]:.3f}" for key, name in (("acc1", "accuracy"), ("many", "many"), ("medium", "medium"), ("few", "few")) if metrics[key] is not None]
     typer.echo(f"{'  '.join(shown)}\n{folder.path}")
 
-# %% ../nbs/54_cli.ipynb #52c9379c
-if __name__ == "__main__": app()
+# %% ../nbs/54_cli.ipynb #3e5d1cb4
+if __name__ == "__main__" and "__file__" in globals(): app()   # a notebook is `__main__` too, but no file

@@ -52,7 +52,7 @@ class ModelFields(_Fields):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: tuple[Literal["q", "k", "v", "out_proj", "c_fc", "c_proj"], ...] = Field(("out_proj",), min_length=1, description="projections that carry adapters")
 
-# %% ../nbs/50_config.ipynb #bf7d9160
+# %% ../nbs/50_config.ipynb #bc44fb91
 class LearningFields(_Fields):
     "Loss, sampler, mixing and budget."
     loss: Literal["ce", "logit-adjusted", "balanced-softmax", "mme"] = Field("ce", description="what is minimised")
@@ -64,7 +64,7 @@ class LearningFields(_Fields):
     mix_cells: int = Field(7, ge=1, description="cells along each side of a MixSSS mask")
     mix_partner: Literal["similar", "random", "flip"] = Field("similar", description="whom MixSSS mixes with")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of batches that MixSSS mixes")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes when mixing")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes")
     augment: Literal["none", "aerial", "autoaugment"] = Field("aerial", description="random transforms of training images")
 
 # %% ../nbs/50_config.ipynb #b2066cb0
@@ -96,7 +96,7 @@ class PlaceFields(_Fields):
 
 PLACE = tuple(PlaceFields.model_fields)
 
-# %% ../nbs/50_config.ipynb #5d79c068
+# %% ../nbs/50_config.ipynb #f1dafb9a
 DMRS_LAMBDAS = {1: (0.0,), 2: (-0.5, 1.5), 3: (-0.5, 0.0, 1.5), 4: (-0.5, 0.0, 0.75, 1.5), 5: (-0.5, 0.0, 0.5, 1.0, 1.5)}
 
 
@@ -115,10 +115,9 @@ def _rules(c) -> "list[str]":
     rule(c.loss == "mme" and c.lambdas is not None and len(c.lambdas) != E, f"lambdas has {len(c.lambdas or ())} values for num_experts={E}; give one for each expert")
     rule(c.loss == "mme" and c.lambdas is None and E not in DMRS_LAMBDAS, f"no default λ for num_experts={E}; give lambdas, one for each expert")
     rule(c.mix_prob < 1 and c.mixing != "mixsss", f"mix_prob={c.mix_prob:g} is part of mixing=mixsss; found mixing={c.mixing}")
-    rule(c.mixing == "none" and c.label_smoothing > 0, f"label_smoothing={c.label_smoothing:g} is part of mixing; found mixing=none")
     return wrong
 
-# %% ../nbs/50_config.ipynb #3aa1a5b2
+# %% ../nbs/50_config.ipynb #3eb506c7
 class RunConfig(PlaceFields, BudgetFields, LearningFields, ModelFields, DataFields):
     "Everything one run needs: flat, validated, one field for each papermill parameter."
     method: str = Field("dmrs", description="the recipe whose defaults were used")
@@ -137,9 +136,10 @@ class RunConfig(PlaceFields, BudgetFields, LearningFields, ModelFields, DataFiel
         "Readable prefix and a hash of the content: the name of the run folder."
         profile = "full" if self.imb_type == "none" else f"{self.imb_type}{self.imb_factor:g}"
         name = Path(self.data_root or "").name if self.data == "folder" else self.data
-        return run_id(self.content(), [name, profile, self.method, f"s{self.seed}"])
+        decided = {k: v for k, v in self.content().items() if v is not None}   # a field that a later version adds, unset, renames no run
+        return run_id(decided, [name, profile, self.method, f"s{self.seed}"])
 
-# %% ../nbs/50_config.ipynb #6c6f5955
+# %% ../nbs/50_config.ipynb #bcf3150a
 _ONE_LORA = dict(adapter="lora", num_experts=1, loss="ce", sampler="instance", mixing="none")
 METHODS = {
     "zero-shot": dict(title="class names only", source="Radford et al., ICML 2021", fields=dict(adapter="none", steps=0, augment="none")),
@@ -149,7 +149,7 @@ METHODS = {
     "logit-adjusted": dict(title="one LoRA, log-prior added to the logits while training", source="Menon et al., ICLR 2021",
                            fields=_ONE_LORA | dict(loss="logit-adjusted")),
     "dmrs": dict(title="D-LoRA experts, MixSSS, multi-expert loss", source="Wang et al., JAG 141, 2025",
-                 fields=dict(adapter="lora", num_experts=3, loss="mme", sampler="class", mixing="mixsss", label_smoothing=0.05)),
+                 fields=dict(adapter="lora", num_experts=3, loss="mme", sampler="class", mixing="mixsss", mix_prob=0.5, label_smoothing=0.05)),
 }
 
 # %% ../nbs/50_config.ipynb #b0822dc6
@@ -176,7 +176,7 @@ def _sentence(error: dict) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{field}: found {found!r}, expected {message}"
 
-# %% ../nbs/50_config.ipynb #fa19db7a
+# %% ../nbs/50_config.ipynb #94a51c9a
 def recipe_fields(
     method: str,  # a name in METHODS
 ) -> dict:        # the fields that the recipe sets
@@ -192,6 +192,7 @@ def make_config(
     "Defaults, then the recipe, then what was given. Raises `ConfigError` with a sentence."
     fields = recipe_fields(method) | explicit
     if explicit.get("data_root") is not None: fields.setdefault("data", "folder")
+    if fields.get("mixing") != "mixsss" and "mix_prob" not in explicit: fields.pop("mix_prob", None)   # `mixing=none` alone is an ablation
     for budget, other in (("epochs", "steps"), ("steps", "epochs")):   # an explicit budget replaces the recipe's, in either unit
         if explicit.get(budget) is not None and other not in explicit: fields.pop(other, None)
     try:
@@ -235,7 +236,7 @@ def resolve_path(
     path = Path(path).expanduser()
     return path if path.is_absolute() else (project_root(start) or Path(start or Path.cwd()).resolve()) / path
 
-# %% ../nbs/50_config.ipynb #68173f40
+# %% ../nbs/50_config.ipynb #593eceef
 def assigned_names(
     source: str,  # Python source of a cell
 ) -> list:        # names it assigns at top level
@@ -254,7 +255,8 @@ def config_from_notebook(
     unknown = [n for c in cells for n in assigned_names(c) if n not in RunConfig.model_fields and n not in known]
     if unknown: raise ConfigError("; ".join(f"{n}: unknown parameter{nearest(n, RunConfig.model_fields)}" for n in dict.fromkeys(unknown)))
     explicit = {f: namespace[f] for f in RunConfig.model_fields if namespace.get(f) is not None and f != "method"}
-    for field in ("data_root", "out_dir", "cache_dir", "class_words"):
+    for field in ("data_root", "out_dir", "cache_dir", "class_words", "pretrained"):
+        if field == "pretrained" and not resolve_path(explicit.get(field, "")).is_file(): continue   # a tag, not a file
         if explicit.get(field): explicit[field] = str(resolve_path(explicit[field]))
     return make_config(namespace.get("method") or "dmrs", **explicit), explicit
 

@@ -161,7 +161,7 @@ def make_batches(
     transform = train_transform(config.augment, task.clip.preprocess)
     return Batches(task.cache, task.items.targets, train[drawn], config.batch_size, transform, seed=config.seed)
 
-# %% ../nbs/51_training.ipynb #e64cc570
+# %% ../nbs/51_training.ipynb #c1ce2efb
 def make_optimizer(
     params,             # what to train
     config: RunConfig,
@@ -178,7 +178,8 @@ def mixing_of(
     "The mixing that a config asks for, with a generator of its own."
     kw = dict(label_smoothing=config.label_smoothing)
     if config.mix_alpha is not None: kw["alpha"] = config.mix_alpha
-    if config.mixing == "mixsss": kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob)
+    if config.mixing == "mixsss": kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob,
+                                           diagonal=-math.inf)   # a class is never its own nearest, even where cosines are negative
     return make_mixing(config.mixing, len(task.words), generator=torch.Generator(), **kw)
 
 
@@ -261,7 +262,7 @@ def evaluate(
     logits = predict_logits(model, eval_batches(task.cache, indices, batch_size, eval_transform(task.clip.preprocess)), device, autocast)
     return score(logits, task.items.targets[indices], task.groups)[0], logits
 
-# %% ../nbs/51_training.ipynb #b3420485
+# %% ../nbs/51_training.ipynb #65111dd7
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -285,7 +286,7 @@ def load_model(
     if not run.done: raise ValueError(f"{run.path}: expected a finished run, found no metrics.json; train it first, or give another folder")
     config, folder = RunConfig(**run.config), run.adapter_path
     clip = load_clip(config.backbone, config.pretrained, device=device)
-    model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device)))
+    model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"])
     if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
     else: model.load_adapters(folder)
     return model.to(device).eval(), clip, read_json(folder / "classes.json")
@@ -382,7 +383,7 @@ def _record(learner, run, row, state, done, callback):
         if row and learner.config.tensorboard: learner.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
     if row and callback: callback(row)
 
-# %% ../nbs/51_training.ipynb #0861c6f5
+# %% ../nbs/51_training.ipynb #cbd1263e
 def fit(
     config: RunConfig,
     progress: bool = True,   # bars
@@ -390,14 +391,14 @@ def fit(
 ) -> RunFolder:              # finished
     "Train what `config` says and judge it on the test part; a finished run is returned as it is, an interrupted one goes on."
     run = RunFolder(Path(config.out_dir) / config.run_id)
-    if run.done: return run.start(config.model_dump(mode="json"))
+    if run.done: return run.start(config.content())
     accelerator = make_accelerator(config, run.path)
     with run.lock() if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process: run.start(config.model_dump(mode="json"), device=str(accelerator.device))
+        if accelerator.is_main_process: run.start(config.content(), device=str(accelerator.device))
         accelerator.wait_for_everyone()
         return _fit(config, run, accelerator, progress, callback)
 
-# %% ../nbs/51_training.ipynb #4d798b2d
+# %% ../nbs/51_training.ipynb #c95f7dd9
 def _learner(config, task, accelerator) -> Learner:
     "Put model, loss, mixing and optimiser of a config together."
     task.clip.model.to(accelerator.device); task.text = task.text.to(accelerator.device)
@@ -405,7 +406,7 @@ def _learner(config, task, accelerator) -> Learner:
     optimizer = make_optimizer(trainable(model).values(), config)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     on_features = isinstance(model, LinearProbe) and config.augment == "none"
-    head = (lambda features: model.logit_scale * model.head(features)) if on_features else prepared
+    head = model.classify if on_features else prepared
     return Learner(config, prepared, head, loss_of(config, task).to(accelerator.device), mixing_of(config, task), optimizer, accelerator,
                    budget(config, len(task.split.train)))
 
@@ -424,7 +425,7 @@ def _fit(config, run, accelerator, progress, callback):
     if config.tensorboard: accelerator.end_training()
     return run
 
-# %% ../nbs/51_training.ipynb #254cc209
+# %% ../nbs/51_training.ipynb #95334f50
 def _finish(learner, task, run, timings, clock):
     "Judge the model, save it, and write the result last."
     a, start = learner.accelerator, time.perf_counter()
@@ -437,7 +438,7 @@ def _finish(learner, task, run, timings, clock):
     save_model(model, task, run.adapter_path)
     timings |= dict(eval_s=time.perf_counter() - start, total_s=time.perf_counter() - clock)
     extra = dict(run_id=run.name, val=parts["val"][0], experts=score(parts["test"][1], targets["test"], task.groups)[1], data=task.summary(), steps=learner.steps,
-                 parameters=dict(trainable=sum(p.numel() for p in trainable(model).values()) if learner.steps else 0,
+                 place=dict(device=a.device.type, precision=a.mixed_precision, processes=a.num_processes, workers=learner.config.workers), parameters=dict(trainable=sum(p.numel() for p in trainable(model).values()) if learner.steps else 0,
                                  total=sum(p.numel() for p in task.clip.model.parameters()) + sum(p.numel() for p in trainable(model).values())))
     run.finish(parts["test"][0], predictions, timings, extra=extra)
 

@@ -71,3 +71,8 @@ def test_import_is_light():
     code = "import time; t = time.perf_counter(); import dmrs_nb, sys; print(time.perf_counter() - t, [m for m in ('torch', 'nbdev', 'fastcore', 'pandas') if m in sys.modules])"
     seconds, heavy = min(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(3))
     assert float(seconds) < 0.3 and heavy.strip() == "[]"
+
+
+def test_readme_is_what_the_index_notebook_gives():
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "readme.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
