@@ -48,7 +48,7 @@ class Run:
         "Classes from the most to the least frequent in training."
         return np.argsort(-np.asarray(self.data["cls_num_list"]), kind="stable")
 
-# %% ../nbs/53_report.ipynb #95fbf332
+# %% ../nbs/53_report.ipynb #6a77e153
 def _read_predictions(path: Path, num_classes: int) -> dict | None:
     if not path.exists(): return None
     try:
@@ -57,9 +57,11 @@ def _read_predictions(path: Path, num_classes: int) -> dict | None:
         raise ValueError(f"{path} is damaged: expected arrays, found {path.stat().st_size} bytes that numpy cannot read "
                          f"({type(e).__name__}). Delete the run folder and start the run again.") from None
     if missing := [k for k in ("test_logits", "test_targets", "test_paths") if k not in arrays]:
-        raise ValueError(f"{path} has no {', '.join(missing)}, found {', '.join(arrays) or 'nothing'}. Delete the run folder and start the run again.")
+        raise ValueError(f"{path} has no {', '.join(missing)}, found {', '.join(arrays) or 'nothing'}. "
+                         "Delete the run folder and start the run again.")
     if (shape := arrays["test_logits"].shape)[1:] != (len(arrays["test_targets"]), num_classes):
-        raise ValueError(f"{path}: test_logits is {shape}, expected (experts, {len(arrays['test_targets'])} images, {num_classes} classes).")
+        raise ValueError(f"{path}: test_logits is {shape}, expected "
+                         f"(experts, {len(arrays['test_targets'])} images, {num_classes} classes).")
     return arrays
 
 
@@ -67,8 +69,10 @@ def _read_history(path: Path) -> pd.DataFrame | None:
     if not path.exists(): return None
     try: table = pd.read_csv(path)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is damaged: expected a CSV file with a header ({type(e).__name__}). Delete it; only the curves need it.") from None
-    if missing := {"step", "loss"} - set(table): raise ValueError(f"{path} has no column {', '.join(sorted(missing))}, found {', '.join(table)}.")
+        raise ValueError(f"{path} is damaged: expected a CSV file with a header ({type(e).__name__}). "
+                         "Delete it; only the curves need it.") from None
+    if missing := {"step", "loss"} - set(table):
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}, found {', '.join(table)}.")
     return table
 
 # %% ../nbs/53_report.ipynb #907100aa
@@ -89,7 +93,7 @@ def load_run(
     predictions = _read_predictions(folder.predictions_path, len(record["data"]["words"]))
     return Run(folder.path, record["config"], record["metrics"], record["data"], predictions, _read_history(folder.history_path), record)
 
-# %% ../nbs/53_report.ipynb #fe9b7a8c
+# %% ../nbs/53_report.ipynb #db629df5
 def run_probs(
     run: Run,            # with stored predictions
     part: str = "test",  # "test" | "val"
@@ -97,13 +101,13 @@ def run_probs(
     "Probabilities of a run: the mean of its experts' softmaxes. ValueError when they were not stored."
     logits = (run.predictions or {}).get(f"{part}_logits")
     if logits is None:
-        raise ValueError(f"{run.path} has no {part} predictions: this figure needs predictions.npz, which a training run writes and which results "
-                         "that are passed on may lack. Train the run again to see it.")
+        raise ValueError(f"{run.path} has no {part} predictions: this figure needs predictions.npz, which a training run writes and "
+                         "which results that are passed on may lack. Train the run again to see it.")
     return ensemble(torch.as_tensor(logits)).numpy()
 
-# %% ../nbs/53_report.ipynb #07efbed3
-SETTING = ("data.name", "data.fingerprint", "imb_type", "imb_factor", "img_max", "class_order", "split", "split_seed", "val_size", "test_size",
-           "bad_images", "backbone", "pretrained")  # the exam that a run sits
+# %% ../nbs/53_report.ipynb #08a11cec
+SETTING = ("data.name", "data.fingerprint", "imb_type", "imb_factor", "img_max", "class_order", "split", "split_seed", "val_size",
+           "test_size", "bad_images", "backbone", "pretrained")  # the exam that a run sits
 _NO_FIELD = {"run_id", "path", "method", "seed", "data", "data_root", "per_class_recall", *METRICS, *PLACE}
 
 
@@ -129,11 +133,12 @@ def varying_fields(
         fields.remove("data.fingerprint")  # the name says it already
     return fields
 
-# %% ../nbs/53_report.ipynb #4a44f91a
+# %% ../nbs/53_report.ipynb #8813bb34
 PHRASES = {"num_experts": "E = {}", "lambdas": "λ = {}", "mixing": "{}", "mix_partner": "{} partner", "loss": "{} loss", "tau": "τ = {}",
            "sampler": "{} sampler", "adapter": "{} adapter", "augment": "{} augmentation", "templates": "{} prompts", "epochs": "{} epochs",
            "steps": "{} steps", "lora_r": "r = {}", "lora_alpha": "α = {}", "batch_size": "batch {}", "imb_factor": "imbalance {}",
-           "imb_type": "{} profile", "img_max": "at most {} a class", "class_order": "{} order", "split": "{} split", "select": "{} weights",
+           "imb_type": "{} profile", "img_max": "at most {} a class",
+           "class_order": "{} order", "split": "{} split", "select": "{} weights",
            "expert_blocks": "experts in blocks: {}", "data.name": "{}", "data.fingerprint": "images {}", "backbone": "{}"}
 _NONE = {"mixing": "no mixing", "imb_type": "not thinned", "adapter": "no adapter", "augment": "no augmentation", "templates": "bare names"}
 
@@ -180,7 +185,7 @@ def labels(
         return " · ".join([str(row["method"]), *(phrase(f, row[f]) for f in fields if f not in own or _key(own[f]) != _key(row[f]))])
     return df.apply(label, axis=1).rename("run")
 
-# %% ../nbs/53_report.ipynb #53d76abf
+# %% ../nbs/53_report.ipynb #96979efb
 def _sortable(value) -> tuple:
     value = getattr(value, "item", lambda: value)()
     return (0, value, "") if isinstance(value, (int, float)) and value == value else (1, 0, _key(value))
@@ -196,12 +201,13 @@ def in_order(
         row = df.loc[i]
         left = [f in base[row["method"]] and _key(base[row["method"]][f]) != _key(row[f]) for f in recipe]
         method = methods.index(row["method"]) if row["method"] in methods else len(methods)
-        return ([_sortable(row[f]) for f in exam], method, row["method"], sum(left), [not x for x in left], [_sortable(row[f]) for f in recipe], _sortable(row.get("seed")))
+        settings, values = ([_sortable(row[f]) for f in part] for part in (exam, recipe))
+        return settings, method, row["method"], sum(left), [not x for x in left], values, _sortable(row.get("seed"))
     sorted_df = df.loc[sorted(df.index, key=place)].reset_index(drop=True)
     sorted_df.attrs = df.attrs
     return sorted_df
 
-# %% ../nbs/53_report.ipynb #179ae5fa
+# %% ../nbs/53_report.ipynb #e00cb85c
 def _data_fields(path: str) -> dict:
     "What a row needs beside its config and metrics: which images, how many parameters."
     try: record = json.loads((Path(path) / "metrics.json").read_text())
@@ -216,7 +222,8 @@ def results(
     table = collect(out_dir)
     problems, unfinished = table.attrs.get("problems", []), table.attrs.get("unfinished", [])
     if table.empty:
-        why = " ".join(problems) or (f"{len(unfinished)} started, none finished." if unfinished else "Run nbs/benchmarks/01_run.ipynb first.")
+        started = f"{len(unfinished)} started, none finished." if unfinished else "Run nbs/benchmarks/01_run.ipynb first."
+        why = " ".join(problems) or started
         raise ValueError(f"{out_dir} holds no finished run: expected folders with config.json and metrics.json. {why}")
     config = [c.removeprefix("config.") for c in table if c.startswith("config.")]
     table = table.rename(columns=lambda c: c.removeprefix("config."))
@@ -237,7 +244,7 @@ def mean_std(
     if not len(x): return "–"
     return f"{x.mean():.{digits}f}" + (f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else "")
 
-# %% ../nbs/53_report.ipynb #47d16d38
+# %% ../nbs/53_report.ipynb #2db9ad65
 def summary(
     df: pd.DataFrame,  # rows of `results`
     by: str | list[str] | None = None,  # column(s) that make a row; None: `labels`
@@ -246,7 +253,8 @@ def summary(
 ) -> pd.DataFrame:  # a row per configuration, a column per metric, and `seeds`
     "Mean ± standard deviation over seeds. Runs of one row and one seed are averaged first."
     if unknown := [m for m in [*metrics, *([by] if isinstance(by, str) else by or [])] if m not in df]:
-        raise ValueError(f"found no column {', '.join(map(str, unknown))}, expected metrics ({', '.join(m for m in METRICS if m in df)}) or config fields.")
+        known = ", ".join(m for m in METRICS if m in df)
+        raise ValueError(f"found no column {', '.join(map(str, unknown))}, expected metrics ({known}) or config fields.")
     keys = [labels(df)] if by is None else [df[b] for b in ([by] if isinstance(by, str) else by)]
     seeds = df[list(metrics)].groupby([*keys, df["seed"]], sort=False, dropna=False).mean()
     rows = seeds.groupby(level=list(range(len(keys))), sort=False, dropna=False)
@@ -255,7 +263,7 @@ def summary(
     table["seeds" if fmt else ("seeds", "")] = rows.size()
     return table
 
-# %% ../nbs/53_report.ipynb #f3790ccf
+# %% ../nbs/53_report.ipynb #d9230989
 MARKERS = {"many": "o", "medium": "s", "few": "^"}
 _DOT = dict(mec="black", mew=.6)
 
@@ -277,7 +285,8 @@ def _tidy(ax, title: str = "", grid: str = "y", pad: float = 6):
 
 def _legend(ax, handles=None):
     "A legend between title and axes: nothing to cover, whatever the size of the figure."
-    ax.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=.1, columnspacing=1)
+    place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=.1, columnspacing=1)
+    ax.legend(handles=handles, frameon=False, fontsize=8, ncols=4, **place)
 
 
 def _label_width(names) -> float: return .5 + .08 * max(map(len, names))  # inches
@@ -287,7 +296,7 @@ def _note(ax, text: str):
     ax.set_axis_off()
     ax.text(.5, .5, text, ha="center", va="center", fontsize=8, transform=ax.transAxes)
 
-# %% ../nbs/53_report.ipynb #39b405e9
+# %% ../nbs/53_report.ipynb #b095bd55
 def plot_shot_groups(
     df: pd.DataFrame,       # rows of `results`
     by: str | None = None,  # column that makes a row of the figure; None: `labels`
@@ -305,17 +314,19 @@ def plot_shot_groups(
             ax.barh(i + lane, seeds.mean(), height=.25, color=SHOT_COLORS[group], alpha=.55)
             ax.plot(seeds, np.full(len(seeds), i + lane), MARKERS[group], ms=4.5, mfc=SHOT_COLORS[group], **_DOT)
             ax.text(seeds.max() + 1.5, i + lane, f"{seeds.mean():.0f}", va="center", fontsize=8)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 106), ylim=(len(names) - .5, -.5), xlabel="test images of a group that are recognised, %")
+    ax.set(xlim=(0, 106), ylim=(len(names) - .5, -.5), xlabel="test images of a group that are recognised, %")
+    ax.set_yticks(range(len(names)), names)
     _legend(ax, [plt.Line2D([], [], marker=MARKERS[g], color=SHOT_COLORS[g], lw=6, alpha=.8, label=f"{g}-shot", **_DOT) for g in GROUPS])
     _tidy(ax, _gap_title(df, key), "x", pad=22)
     return fig
 
-# %% ../nbs/53_report.ipynb #1afbc447
+
 def _gap_title(df, key) -> str:
     gaps = (100 * (df["many"] - df["few"])).groupby(key).mean().dropna().round().astype(int)
     if gaps.empty: return "Accuracy by shot group"
     span = (f"{gaps.min()}" if gaps.min() == gaps.max() else f"{gaps.min()} to {gaps.max()}").replace("-", "−")
-    return f"Few-shot classes are {span} points below many-shot ones" if gaps.min() > 0 else f"Many-shot minus few-shot accuracy: {span} points"
+    if gaps.min() > 0: return f"Few-shot classes are {span} points below many-shot ones"
+    return f"Many-shot minus few-shot accuracy: {span} points"
 
 # %% ../nbs/53_report.ipynb #3f663bad
 def _class_ticks(ax, axis: str, names):
@@ -328,7 +339,7 @@ def _class_size(n: int, height: float): return min(16, max(5, 1.5 + .3 * n)), he
 
 def _edges(groups) -> list[int]: return [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
 
-# %% ../nbs/53_report.ipynb #e82287de
+# %% ../nbs/53_report.ipynb #3102f624
 def plot_longtail(
     cls_num_list,  # (C,) training images per class, in class order
     words,         # (C,) class names as words
@@ -339,7 +350,8 @@ def plot_longtail(
     "Training images per class, from the most to the least frequent, coloured by shot group."
     counts = np.asarray(cls_num_list)
     if not len(counts) == len(words) == len(groups):
-        raise ValueError(f"cls_num_list, words and groups: found {len(counts)}, {len(words)} and {len(groups)} entries, expected one per class in each.")
+        raise ValueError(f"cls_num_list, words and groups: found {len(counts)}, {len(words)} and {len(groups)} entries, "
+                         "expected one per class in each.")
     fig, ax = _axes(ax, figsize or _class_size(len(counts), 3.2))
     order = np.argsort(-counts, kind="stable")
     for g in GROUPS:
@@ -353,13 +365,14 @@ def plot_longtail(
     _legend(ax)
     return fig
 
-# %% ../nbs/53_report.ipynb #b45a8d78
+# %% ../nbs/53_report.ipynb #c75d81c1
 def plot_history(
     run: Run,  # with stored history
     figsize=(8, 3.2),  # inches
 ):  # matplotlib Figure: loss, and validation by shot group, over steps
     "Training curves. A run without training gives a figure that says so."
-    if run.history is None: raise ValueError(f"{run.path} has no history.csv: results that are passed on may lack it. Train the run again to see its curves.")
+    if run.history is None:
+        raise ValueError(f"{run.path} has no history.csv: results that are passed on may lack it. Train the run again to see its curves.")
     fig, (left, right) = _axes(None, figsize, ncols=2)
     if run.history.empty:
         _note(left, "no training, no loss")
@@ -426,7 +439,7 @@ def _class_title(runs, groups, missed: int) -> str:
     never = f"; {missed} class{'es' if missed > 1 else ''} never recognised (×)" if missed else ""
     return f"{runs[0].config.get('method', 'run')}, % recognised: {', '.join(means)}{never}"
 
-# %% ../nbs/53_report.ipynb #937123f3
+# %% ../nbs/53_report.ipynb #8e5044e5
 def plot_class_grid(
     df: pd.DataFrame,       # rows of `results` on the same classes
     by: str | None = None,  # column that makes a row of the figure; None: `labels`
@@ -444,7 +457,8 @@ def plot_class_grid(
     fig, ax = _axes(ax, figsize or (_class_size(len(order), 0)[0] + _label_width(rows), 2.4 + .3 * len(rows)))
     image = ax.imshow(recall, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for i, j in np.ndindex(*recall.shape if len(order) <= 30 else (0, 0)):
-        ax.text(j, i, f"{recall[i, j]:.0f}".replace("nan", "–"), ha="center", va="center", fontsize=7, color="black" if recall[i, j] > 55 else "white")
+        color = "black" if recall[i, j] > 55 else "white"
+        ax.text(j, i, f"{recall[i, j]:.0f}".replace("nan", "–"), ha="center", va="center", fontsize=7, color=color)
     _class_ticks(ax, "x", [f"{names[c]} ({counts[c]})" for c in order])
     ax.set(yticks=range(len(rows)), yticklabels=rows)
     for e in _edges([groups[c] for c in order]): ax.axvline(e - .5, color="white", lw=2.5)
@@ -455,7 +469,7 @@ def plot_class_grid(
     ax.set_title(title if len(rows) > 1 else f"{rows[0]}, class by class", fontsize=10, loc="left", pad=16)
     return fig
 
-# %% ../nbs/53_report.ipynb #a2acc41e
+# %% ../nbs/53_report.ipynb #d7d72659
 def plot_confusion(
     run: Run,      # with stored predictions
     ax=None,       # matplotlib axes; None: a new figure
@@ -475,9 +489,9 @@ def plot_confusion(
     fig.colorbar(image, ax=ax, shrink=.6, label="share of the true class, %")
     wrong = counts - np.diag(np.diag(counts))
     i, j = np.unravel_index(wrong.argmax(), wrong.shape)
-    title = f"Most frequent mistake: {words[order[i]]} → {words[order[j]]} ({wrong[i, j]} of {counts[i].sum()})" if wrong.any() else "No mistakes"
+    worst = f"Most frequent mistake: {words[order[i]]} → {words[order[j]]} ({wrong[i, j]} of {counts[i].sum()})"
     ax.set(xlabel="answered", ylabel="true class")
-    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_title(worst if wrong.any() else "No mistakes", fontsize=10, loc="left")
     return fig
 
 # %% ../nbs/53_report.ipynb #4df7de33
@@ -495,7 +509,7 @@ def expert_table(
     rows["ensemble" if rows else "the model"] = run.metrics
     return pd.DataFrame({name: {k: m[k] for k in METRICS} for name, m in rows.items()}).T.astype(float)
 
-# %% ../nbs/53_report.ipynb #b5cfabfe
+# %% ../nbs/53_report.ipynb #c9e52660
 def plot_experts(
     run: Run,      # any run; a single expert gives one group of bars
     ax=None,       # matplotlib axes; None: a new figure
@@ -509,26 +523,28 @@ def plot_experts(
         place = np.arange(len(table)) + .27 * (k - (len(present) - 1) / 2)
         ax.bar_label(ax.bar(place, 100 * table[g], width=.26, color=SHOT_COLORS[g], label=f"{g}-shot"), fmt="%.0f", fontsize=8)
     if len(alone): ax.axvline(len(alone) - .5, color="0.4", lw=.8, ls=":")
-    ax.set(xticks=range(len(table)), xticklabels=[n.replace(", ", "\n") for n in table.index], ylabel="test images recognised, %", ylim=(0, 108))
+    ax.set_xticks(range(len(table)), [n.replace(", ", "\n") for n in table.index])
+    ax.set(ylabel="test images recognised, %", ylim=(0, 108))
     best = {g: " and ".join(str(i + 1) for i in np.flatnonzero(alone[g] == alone[g].max())) for g in present}
     finding = "Best alone: " + ", ".join(f"expert {best[g]} on {g}" for g in present) if len(alone) else "One expert: it is the whole model"
     _tidy(ax, finding, pad=22)
     _legend(ax)
     return fig
 
-# %% ../nbs/53_report.ipynb #d7a191bc
+# %% ../nbs/53_report.ipynb #99e9da41
 def mistakes(
     run: Run,     # with stored predictions
     n: int = 12,  # how many; fewer when there are fewer
-) -> pd.DataFrame:  # path, true, answered (words), probability of the answer, probability of the true class
+) -> pd.DataFrame:  # path; true and answered class in words, each with its probability
     "The wrong answers that the model is surest of, the surest first."
     probs, targets = run_probs(run), run.predictions["test_targets"]
     answers = probs.argmax(1)
     wrong = np.flatnonzero(answers != targets)
     wrong = wrong[np.argsort(-probs[wrong, answers[wrong]], kind="stable")][:n]
     words = np.asarray(run.data["words"], dtype=object)
-    return pd.DataFrame({"path": run.predictions["test_paths"][wrong].astype(str), "true": words[targets[wrong]], "answered": words[answers[wrong]],
-                         "probability": probs[wrong, answers[wrong]], "probability_of_true": probs[wrong, targets[wrong]]})
+    return pd.DataFrame({"path": run.predictions["test_paths"][wrong].astype(str),
+                         "true": words[targets[wrong]], "probability_of_true": probs[wrong, targets[wrong]],
+                         "answered": words[answers[wrong]], "probability": probs[wrong, answers[wrong]]})
 
 # %% ../nbs/53_report.ipynb #e549bebf
 def _loader(images):
