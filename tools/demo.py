@@ -45,7 +45,7 @@ def main():
     args = parser.parse_args()
     out, clock = args.out.resolve(), time.perf_counter()
     from dmrs_nb.config import make_config
-    cells = [(m, s, dict(TAIL, method=m, seed=s, out_dir=out) | ({} if m == "zero-shot" else dict(steps=args.steps, expert_blocks=3))) for s in SEEDS for m in RECIPES]
+    cells = [(m, s, dict(TAIL, method=m, seed=s, out_dir=out) | ({} if m == "zero-shot" else dict(steps=args.steps, eval_every=max(1, args.steps // 3), expert_blocks=3))) for s in SEEDS for m in RECIPES]
     weight = {"zero-shot": 10, "ce": args.steps, "dmrs": 2 * args.steps}   # what a run costs, roughly
     with tqdm(total=sum(weight[m] for m, _, _ in cells) + 10, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc="starting") as bar:
         for method, seed, parameters in cells:
