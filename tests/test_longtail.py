@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmrs_nb.longtail import (class_order, cls_num_list, img_num_per_cls, longtail_split, published_split, read_split_file,
+from dmrs_nb.longtail import (class_order, cls_num_list, img_num_per_cls, longtail_split, nearest, published_split, read_split_file,
                               shot_groups, shot_thresholds, stratified_split, thin, write_split_file)
+
+settings.register_profile("any machine", deadline=None)  # a busy core is not a failure
+settings.load_profile("any machine")
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "golden.npz")
 IMAGES = {"resisc45": 31500, "ucmerced": 2100, "aid_like": 10000, "rsd46_like": 117000}
@@ -53,6 +56,12 @@ def test_an_order_is_a_permutation_and_size_is_sorted(available, seed):
     assert (np.diff(by_size) <= 0).all()
 
 
+@pytest.mark.parametrize("name, known, hint", [
+    ("mehtod", ["method", "loss"], "; did you mean 'method'?"), ("qwertz", ["method", "loss"], ""), ("x", [], ""),
+    (10, [100, "exp"], "; did you mean '100'?"), (None, {"none": 0}, "; did you mean 'none'?")])
+def test_the_nearest_name_ends_a_sentence_or_is_silent(name, known, hint): assert nearest(name, known) == hint
+
+
 # ------------------------------------------------------------------ splits
 
 @given(some_targets, st.floats(0, .45), st.floats(0, .45), st.integers(0, 99))
@@ -85,7 +94,6 @@ def test_the_published_test_indices():
 
 
 @given(st.integers(10, 400), st.sampled_from([.1, .2, .25, .3]), st.integers(0, 9))
-@settings(deadline=None)
 def test_the_published_split_is_random_split_wherever_that_works(n, ratio, seed):
     ours, lengths = published_split(n, ratio, seed), [int(n * (1 - ratio)), int(n * ratio)]
     assert sorted([*ours["train"], *ours["test"]]) == list(range(n)) and len(ours["test"]) == lengths[1]
@@ -214,7 +222,6 @@ safe = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_s
     lambda p: p == p.strip() and "\\" not in p)
 
 @given(st.lists(st.tuples(safe, st.integers(0, 999)), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_split_files_come_back_as_they_went(rows):
     import tempfile
     paths, targets = zip(*rows)
