@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMAS', 'register_schemas']
 
-# %% ../nbs/00_compat.ipynb #fb7ba070
+# %% ../nbs/00_compat.ipynb #2af0b1cb
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def _native_loads(
         except OSError: return False
     return hasattr(torch.ops.torchvision, "nms")
 
-# %% ../nbs/00_compat.ipynb #4de59ce0
+# %% ../nbs/00_compat.ipynb #6db1dd62
+@cache
 def register_schemas(
 ) -> "torch.library.Library | None":  # the library that has to be kept alive; None when torchvision needs no help
     "Define the operator schemas that torchvision's import expects, only where its native library cannot load."
