@@ -35,7 +35,7 @@ class Deck:
         self.pile = pile[k:]
         return pile[:k]
 
-# %% ../nbs/03_sampling.ipynb #fe920c21
+# %% ../nbs/03_sampling.ipynb #295e960f
 POWERS = {"instance": 1.0, "sqrt": 0.5, "class": 0.0}
 
 def sampling_prior(
@@ -43,7 +43,7 @@ def sampling_prior(
     cls_num_list,            # (C,) training images per class, ≥ 1
     progress: float = 0.5,   # "progressive" only: 0 at the start … 1 at the end; 0.5 is also the mean over a run
 ) -> np.ndarray:             # (C,) class shares that the sampler shows, sum 1 (Kang et al., 2020)
-    "The share of each class in what a sampler draws."
+    "The share of each class in what a sampler draws. ValueError: unknown name, empty class, progress outside [0, 1]."
     check_name("sampler", name, [*POWERS, "progressive"])
     n = np.asarray(cls_num_list, dtype=np.float64)
     if len(n) == 0 or n.min() < 1:
@@ -52,14 +52,14 @@ def sampling_prior(
     if not 0 <= progress <= 1: raise ValueError(f"progress: found {progress}, expected a number in [0, 1].")
     return (1 - progress) * n / n.sum() + progress / len(n)
 
-# %% ../nbs/03_sampling.ipynb #64226fa4
+# %% ../nbs/03_sampling.ipynb #e4ece18b
 def expected_draws(
     name: str,               # "instance" | "class" | "sqrt" | "progressive"
     cls_num_list,            # (C,) training images per class, ≥ 1
     num_samples: int,        # M, draws
     progress: float = 0.0,   # "progressive" only: 0 at the start … 1 at the end; 0.5 for a whole run
 ) -> np.ndarray:             # (C,) expected draws per class, sum M
-    "How often each class is expected among `num_samples` draws."
+    "How often each class is expected among `num_samples` draws. ValueError as sampling_prior."
     return num_samples * sampling_prior(name, cls_num_list, progress)
 
 # %% ../nbs/03_sampling.ipynb #a1630b0a
@@ -151,7 +151,7 @@ class ProgressivelyBalancedSampler(ClassAwareSampler):
         self.epoch += 1
         return torch.where(coin, balanced, as_they_come)
 
-# %% ../nbs/03_sampling.ipynb #cde361db
+# %% ../nbs/03_sampling.ipynb #9a5b5e1b
 SAMPLERS = {"instance": InstanceBalancedSampler, "class": ClassAwareSampler,
             "sqrt": SquareRootSampler, "progressive": ProgressivelyBalancedSampler}
 
@@ -162,10 +162,10 @@ def make_sampler(
     generator: torch.Generator | None = None,    # None: a new one with seed 0
     **kw,                                        # what the sampler takes besides, such as num_epochs
 ) -> Sampler:
-    "Make a sampler by name."
+    "Make a sampler by name. ValueError: unknown name, a class without images, num_samples below 1."
     return SAMPLERS[check_name("sampler", name, SAMPLERS)](targets, num_samples, generator, **kw)
 
-# %% ../nbs/03_sampling.ipynb #4750a67a
+# %% ../nbs/03_sampling.ipynb #b4b81c0f
 def index_stream(
     name: str,       # a key of SAMPLERS
     targets,         # (N,) class index of each image
@@ -173,6 +173,6 @@ def index_stream(
     seed: int = 0,   # the stream is a pure function of the arguments
     **kw,            # what the sampler takes besides
 ) -> np.ndarray:     # (n,) int64 indices into targets
-    "Every index that a whole run will see, epochs chained."
+    "Every index that a whole run will see, epochs chained. ValueError as make_sampler."
     sampler = make_sampler(name, targets, n, torch.Generator().manual_seed(seed), **kw)
     return np.fromiter(sampler, dtype=np.int64, count=n)

@@ -53,6 +53,7 @@ def test_every_deck_is_dealt_to_its_end(n, name, draws, seed):
 
 
 @given(small_tails, st.sampled_from([*SAMPLERS]), st.integers(1, 500), st.floats(0, 1))
+@settings(deadline=None)
 def test_shares_are_shares(n, name, draws, progress):
     assert np.isclose(sampling_prior(name, n, progress).sum(), 1) and (sampling_prior(name, n, progress) > 0).all()
     assert np.isclose(expected_draws(name, n, draws, progress).sum(), draws)
