@@ -7,8 +7,7 @@ __all__ = ['TINY', 'ASSETS', 'KNOWN_FILES', 'TEMPLATES', 'register_tiny', 'zero_
            'known_file', 'CLIP', 'fingerprint', 'load_clip', 'make_prompts', 'encode_text', 'similarity',
            'encode_images', 'LinearProbe']
 
-# %% ../nbs/10_clip.ipynb #4d7547d6
-import difflib
+# %% ../nbs/10_clip.ipynb #5d6230a3
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained
 
 from .data import Preprocess, default_cache_dir
+from .longtail import nearest
 
 # %% ../nbs/10_clip.ipynb #6660ef05
 TINY = "tiny-aid-96"
@@ -60,13 +60,7 @@ def zero_shot_logits(
     "Scaled cosines between images and class names."
     return logit_scale * image_features @ text_features.T
 
-# %% ../nbs/10_clip.ipynb #f1db4df9
-def _nearest(name: str, known: Iterable[str]) -> str:
-    "` Did you mean …?`, or nothing when nothing is near."
-    close = difflib.get_close_matches(str(name), list(known), 3, 0.6)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
+# %% ../nbs/10_clip.ipynb #d1c2e2a0
 def _tags(backbone: str) -> str:
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if not tags: return f"open_clip has no tag for {backbone!r}: give a file."
@@ -78,7 +72,7 @@ def _model_config(backbone: str) -> dict:
     try: config = open_clip.get_model_config(backbone)
     except (OSError, ValueError) as e: raise ValueError(f"backbone={backbone!r}: its config cannot be read ({e}).") from e
     if config is None:
-        raise ValueError(f"backbone={backbone!r} is not a model that open_clip knows.{_nearest(backbone, open_clip.list_models())} "
+        raise ValueError(f"backbone={backbone!r} is not a model that open_clip knows{nearest(backbone, open_clip.list_models()) or '.'} "
                          "open_clip.list_models() lists them all.")
     vision = config["vision_cfg"]
     if isinstance(vision.get("layers", 12), int) and "timm_model_name" not in vision: vision["block_type"] = "custom"
@@ -203,7 +197,7 @@ def fingerprint(
         digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
-# %% ../nbs/10_clip.ipynb #51aa58df
+# %% ../nbs/10_clip.ipynb #ab3d6e85
 def _find_weights(backbone: str, config: dict, pretrained: str | Path | None) -> tuple[dict | None, dict]:
     "State dict (None: stay random), and what is known about it: quick_gelu, mean, std, interpolation, resize_mode."
     if pretrained == "random": return None, {}
@@ -219,8 +213,8 @@ def _find_weights(backbone: str, config: dict, pretrained: str | Path | None) ->
     if not entry and open_clip.get_pretrained_cfg(backbone.removesuffix("-quickgelu"), pretrained):
         _check_activation(backbone, config, False, f"pretrained={pretrained!r}")
     if not entry:
-        near = _nearest(pretrained, open_clip.list_pretrained_tags_by_model(backbone))
-        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag.{near} {_tags(backbone)}")
+        near = nearest(pretrained, open_clip.list_pretrained_tags_by_model(backbone)) or "."
+        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag{near} {_tags(backbone)}")
     _check_activation(backbone, config, bool(entry.get("quick_gelu")), f"pretrained={pretrained!r}")
     try: return read_state_dict(download_pretrained(entry))[0], {k: v for k, v in entry.items() if k != "quick_gelu"}
     except (OSError, RuntimeError) as e:
@@ -273,7 +267,7 @@ def load_clip(
     source = str(pretrained) if pretrained is not None else "embedded" if backbone == TINY else backbone
     return CLIP(model, open_clip.get_tokenizer(backbone), preprocess, backbone, source, fingerprint(model, config))
 
-# %% ../nbs/10_clip.ipynb #e0402a7a
+# %% ../nbs/10_clip.ipynb #7a06e7fd
 TEMPLATES = {
     "none": ["{}"],
     "clip": ["a photo of a {}."],
@@ -289,7 +283,7 @@ def make_prompts(
     "Put every class name into every template. ValueError: unknown name, template without {}, two classes with one prompt."
     if isinstance(templates, str):
         if templates not in TEMPLATES:
-            raise ValueError(f"templates={templates!r} is not one of {', '.join(TEMPLATES)}.{_nearest(templates, TEMPLATES)}")
+            raise ValueError(f"templates={templates!r} is not one of {', '.join(TEMPLATES)}{nearest(templates, TEMPLATES) or '.'}")
         templates = TEMPLATES[templates]
     for template in templates:
         if "{}" not in template: raise ValueError(f"template {template!r} has no {{}}: put it where the class name goes.")
