@@ -6,14 +6,15 @@
 __all__ = ['TARGETS', 'check_rank', 'init_lora_A', 'LoRALinear', 'copy_linear', 'check_blocks', 'check_targets', 'attend',
            'SplitAttention', 'split_in_proj', 'join_in_proj', 'add_lora', 'merge_lora']
 
-# %% ../nbs/11_lora.ipynb #8135c4a4
-import difflib
+# %% ../nbs/11_lora.ipynb #eeb657a7
 import math
 import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .longtail import nearest
 
 # %% ../nbs/11_lora.ipynb #2502798f
 def check_rank(
@@ -89,7 +90,7 @@ def check_blocks(
             raise ValueError(f"Block {i} of the image encoder uses scaled-cosine attention or head scales; "
                              "adapters here need plain scaled dot-product attention.")
 
-# %% ../nbs/11_lora.ipynb #71ec10ba
+# %% ../nbs/11_lora.ipynb #76ef8e54
 TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "out_proj": "attn.out_proj", "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}
 
 
@@ -100,9 +101,8 @@ def check_targets(
     names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     if not names: raise ValueError(f"target_modules is empty: name at least one of {', '.join(TARGETS)}.")
     for name in names:
-        near = difflib.get_close_matches(str(name), TARGETS, n=1, cutoff=0.)
         if name not in TARGETS:
-            raise ValueError(f"target_modules: {name!r} is not a projection of a block; did you mean {near[0]!r}? "
+            raise ValueError(f"target_modules: {name!r} is not a projection of a block{nearest(name, TARGETS) or '.'} "
                              f"Known: {', '.join(TARGETS)}.")
     return tuple(name for name in TARGETS if name in names)
 
