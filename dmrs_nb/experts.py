@@ -7,9 +7,8 @@ __all__ = ['LoRAExperts', 'DenseExperts', 'base_linear', 'project', 'expert_atte
            'expert_features', 'check_experts', 'make_adapters', 'MultiExpertCLIP', 'expert_logits', 'expert_state',
            'peft_config', 'write_experts', 'read_experts', 'merge_expert']
 
-# %% ../nbs/12_experts.ipynb #7f038cc1
+# %% ../nbs/12_experts.ipynb #1f1ce897
 import copy
-import difflib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .longtail import nearest
 from .lora import TARGETS, attend, check_blocks, check_rank, check_targets, init_lora_A
 
 # %% ../nbs/12_experts.ipynb #0fe83403
@@ -158,7 +158,7 @@ def expert_features(
     x = visual.ln_post(x[:, :, 0]) if class_only else visual._pool(x.flatten(0, 1))[0].unflatten(0, x.shape[:2])
     return F.normalize((x if visual.proj is None else x @ visual.proj).float(), dim=-1)
 
-# %% ../nbs/12_experts.ipynb #f9ce456d
+# %% ../nbs/12_experts.ipynb #08bd67c6
 def check_experts(
     model: nn.Module,             # open_clip model
     text_features: torch.Tensor,  # (C, D)
@@ -173,8 +173,7 @@ def check_experts(
     if expert_blocks is not None and not 1 <= expert_blocks <= depth:
         raise ValueError(f"expert_blocks is {expert_blocks}; the image encoder has {depth} blocks, so give 1 … {depth}, or None for all.")
     if adapter not in ("lora", "dense"):
-        near = difflib.get_close_matches(str(adapter), ("lora", "dense"), n=1, cutoff=0.)[0]
-        raise ValueError(f"adapter is {adapter!r}; did you mean {near!r}? Known: lora, dense.")
+        raise ValueError(f"adapter is {adapter!r}{nearest(adapter, ('lora', 'dense')) or '.'} Known: lora, dense.")
     trainable = [name for name, p in model.visual.named_parameters() if p.requires_grad]
     if trainable:
         raise ValueError(f"The CLIP image encoder is not frozen ({len(trainable)} trainable parameters, the first is {trainable[0]}); "
