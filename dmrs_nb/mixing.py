@@ -148,9 +148,9 @@ def _check_similarity(
     if not similarity.isfinite().all(): raise ValueError("similarity: found values that are not finite; check the text features")
     return similarity
 
-# %% ../nbs/20_mixing.ipynb #a600874f
+# %% ../nbs/20_mixing.ipynb #b9e31cd7
 class MixSSS:
-    "Mix each image with its semantically nearest class in the batch, cell by cell (Wang et al., 2025)."
+    "Mix each image with its semantically nearest class in the batch, cell by cell (Wang et al., 2025). ValueError on bad arguments."
     def __init__(self,
         similarity=None,           # (C, C) between class names; only partner="similar" needs it
         cells: int = 7,            # grid side
@@ -206,9 +206,9 @@ def box_mask(
     mask[max(row - tall, 0):row + tall, max(column - wide, 0):column + wide] = False
     return mask
 
-# %% ../nbs/20_mixing.ipynb #df3aa097
+# %% ../nbs/20_mixing.ipynb #4f8e1009
 class MixUp:
-    "Blend each image with its neighbour in the batch (Zhang et al., 2018)."
+    "Blend each image with its neighbour in the batch (Zhang et al., 2018). ValueError on bad arguments."
     def __init__(self,
         num_classes: int,   # C
         alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays
@@ -226,9 +226,9 @@ class MixUp:
         lam, partner = draw_beta(self.alpha, None, self.generator), torch.arange(len(targets)).roll(1)
         return blend(images, partner, lam), mix_targets(targets, partner, lam, self.num_classes, self.label_smoothing)
 
-# %% ../nbs/20_mixing.ipynb #db964f57
+# %% ../nbs/20_mixing.ipynb #f98fbf80
 class CutMix:
-    "Paste one box of the neighbour in the batch (Yun et al., 2019)."
+    "Paste one box of the neighbour in the batch (Yun et al., 2019). ValueError on bad arguments."
     def __init__(self,
         num_classes: int,   # C
         alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays

@@ -328,7 +328,7 @@ def _gap_title(df, key) -> str:
     if gaps.min() > 0: return f"Few-shot classes are {span} points below many-shot ones"
     return f"Many-shot minus few-shot accuracy: {span} points"
 
-# %% ../nbs/53_report.ipynb #3f663bad
+# %% ../nbs/53_report.ipynb #75a50e89
 def _class_ticks(ax, axis: str, names):
     size = 8 if len(names) <= 30 else 6 if len(names) <= 60 else 4
     getattr(ax, f"set_{axis}ticks")(range(len(names)), names, fontsize=size, **({"rotation": 90} if axis == "x" else {}))
@@ -338,6 +338,18 @@ def _class_size(n: int, height: float): return min(16, max(5, 1.5 + .3 * n)), he
 
 
 def _edges(groups) -> list[int]: return [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
+
+
+def _group_names(ax, groups):
+    starts = [0, *_edges(groups), len(groups)]
+    for a, b in zip(starts, starts[1:]):
+        ax.text((a + b - 1) / 2, 1.02, groups[a], ha="center", va="bottom", fontsize=8, color="0.3", transform=ax.get_xaxis_transform())
+
+
+def _class_title(runs, groups, missed: int) -> str:
+    means = [f"{g} {100 * np.mean([r.metrics[g] for r in runs]):.0f}" for g in dict.fromkeys(groups) if runs[0].metrics[g] is not None]
+    never = f"; {missed} class{'es' if missed > 1 else ''} never recognised (×)" if missed else ""
+    return f"{runs[0].config.get('method', 'run')}, % recognised: {', '.join(means)}{never}"
 
 # %% ../nbs/53_report.ipynb #3102f624
 def plot_longtail(
@@ -426,18 +438,6 @@ def plot_per_class(
     _group_names(top, groups)
     top.set_title(_class_title(runs, groups, missed.sum()), fontsize=10, loc="left", pad=16)
     return fig
-
-# %% ../nbs/53_report.ipynb #02789d06
-def _group_names(ax, groups):
-    starts = [0, *_edges(groups), len(groups)]
-    for a, b in zip(starts, starts[1:]):
-        ax.text((a + b - 1) / 2, 1.02, groups[a], ha="center", va="bottom", fontsize=8, color="0.3", transform=ax.get_xaxis_transform())
-
-
-def _class_title(runs, groups, missed: int) -> str:
-    means = [f"{g} {100 * np.mean([r.metrics[g] for r in runs]):.0f}" for g in dict.fromkeys(groups) if runs[0].metrics[g] is not None]
-    never = f"; {missed} class{'es' if missed > 1 else ''} never recognised (×)" if missed else ""
-    return f"{runs[0].config.get('method', 'run')}, % recognised: {', '.join(means)}{never}"
 
 # %% ../nbs/53_report.ipynb #8e5044e5
 def plot_class_grid(
@@ -531,7 +531,7 @@ def plot_experts(
     _legend(ax)
     return fig
 
-# %% ../nbs/53_report.ipynb #99e9da41
+# %% ../nbs/53_report.ipynb #4a6ae97b
 def mistakes(
     run: Run,     # with stored predictions
     n: int = 12,  # how many; fewer when there are fewer
@@ -546,7 +546,7 @@ def mistakes(
                          "true": words[targets[wrong]], "probability_of_true": probs[wrong, targets[wrong]],
                          "answered": words[answers[wrong]], "probability": probs[wrong, answers[wrong]]})
 
-# %% ../nbs/53_report.ipynb #e549bebf
+
 def _loader(images):
     "A function path → image, from a function, a root folder, or anything with a `root`."
     if callable(images): return images
