@@ -382,11 +382,11 @@ class Preprocess:
         mean, std = self._stats(images)
         return ((images*std + mean)*255).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/02_data.ipynb #237bfde8
+# %% ../nbs/02_data.ipynb #ba3beabe
 def eval_transform(
     preprocess: Preprocess,
 ):  # callable: (…, 3, S, S) uint8 -> float32
-    "What the backbone expects, and nothing random."
+    "The transform for validation and test: what the backbone expects, and nothing random."
     return preprocess.normalize
 
 

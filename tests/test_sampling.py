@@ -129,9 +129,9 @@ def test_a_whole_run_is_drawn_in_no_time():
     import time
     targets = np.repeat(np.arange(45), img_num_per_cls(560, 45))
     index_stream("class", targets, 10)
-    start = time.perf_counter()
+    start = time.process_time()  # other programs do not count
     index_stream("class", targets, 500_000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("call, words", [
