@@ -207,10 +207,10 @@ def in_order(
     sorted_df.attrs = df.attrs
     return sorted_df
 
-# %% ../nbs/53_report.ipynb #e00cb85c
+# %% ../nbs/53_report.ipynb #bea1fa0b
 def _data_fields(path: str) -> dict:
     "What a row needs beside its config and metrics: which images, how many parameters."
-    try: record = json.loads((Path(path) / "metrics.json").read_text())
+    try: record = json.loads((Path(path) / "metrics.json").read_bytes())
     except (OSError, ValueError): return {}
     return {f"{part}.{k}": v for part in ("data", "parameters") for k, v in (record.get(part) or {}).items()}
 
