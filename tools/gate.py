@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+WORKERS = os.environ.get("GATE_WORKERS", "2")   # processes, each with one thread: the gate is sized for two cores
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
                     "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -47,12 +48,12 @@ def notebooks_clean():
 
 def notebooks_run():
     "Run every notebook but those whose front matter says skip_exec (they are run by pytest)."
-    run(BIN / "nbdev_test", "--n_workers", os.environ.get("GATE_WORKERS", "2"), "--timing", "--do_print")
+    run(BIN / "nbdev_test", "--n_workers", WORKERS, "--timing", "--do_print")
 
 
 def pytest():
     "What a notebook cannot show."
-    run(sys.executable, "-m", "pytest", "-q", "--durations=10", "tests")
+    run(sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", "--durations=10", "tests")
 
 
 STEPS = {"notebooks-clean": notebooks_clean, "notebooks-run": notebooks_run, "pytest": pytest}

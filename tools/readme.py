@@ -29,7 +29,8 @@ def convert():
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     pictures = {f"readme_{i}.png": data for i, (_, data) in enumerate(sorted(resources["outputs"].items()))}
     for (old, _), new, words in zip(sorted(resources["outputs"].items()), pictures, alt): text = text.replace(f"![png]({old})", f"![{words}](nbs/images/{new})")
-    text = re.sub(r"\n*```python\n*```\n*", "\n\n", text)
+    text = re.sub(r"```(python)?\s*```", "", text)                  # code that is not shown
+    text = re.sub(r"^[ \t]+(?=!\[|$)", "", text, flags=re.M)
     text = re.sub(r"\]\((?!https?:|nbs/|#|\.\./)([\w./-]+)\)", r"](nbs/\1)", text).replace("](../", "](")
     return "<!-- made from nbs/index.ipynb by tools/readme.py -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
 
