@@ -160,7 +160,7 @@ def phrase(
     else: text = {"data.fingerprint": lambda v: str(v)[:8], "pretrained": lambda v: Path(str(v)).name}.get(name, _short)(value)
     return PHRASES.get(name, name.replace("_", " ") + " {}").format(text)
 
-# %% ../nbs/53_report.ipynb #313f080d
+# %% ../nbs/53_report.ipynb #fdeec523
 def base_fields(
     df: pd.DataFrame,  # rows of `results`
 ) -> dict[str, dict]:  # method → {recipe field: the value that its labels leave out}
@@ -180,9 +180,10 @@ def labels(
 ) -> pd.Series:  # of str: "dmrs", "dmrs · no mixing", …
     "Name each row: the method, every part of the setting that varies, and where it leaves its method's base."
     fields, base = varying_fields(df), base_fields(df)
-    def label(row):
+    def unsaid(row, f):   # the method's usual value, or 1 as the share of nothing that is mixed
         own = base[row["method"]]
-        return " · ".join([str(row["method"]), *(phrase(f, row[f]) for f in fields if f not in own or _key(own[f]) != _key(row[f]))])
+        return (f in own and _key(own[f]) == _key(row[f])) or (f == "mix_prob" and row.get("mixing") == "none" and _key(row[f]) == "1")
+    def label(row): return " · ".join([str(row["method"]), *(phrase(f, row[f]) for f in fields if not unsaid(row, f))])
     return df.apply(label, axis=1).rename("run")
 
 # %% ../nbs/53_report.ipynb #96979efb
