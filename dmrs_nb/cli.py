@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['app', 'parse_settings', 'run', 'report']
 
-# %% ../nbs/54_cli.ipynb #a33a1643
+# %% ../nbs/54_cli.ipynb #a8a48798
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
-# %% ../nbs/54_cli.ipynb #fab582fa
+# %% ../nbs/54_cli.ipynb #1b52e7fa
 @contextmanager
 def _sentences():
     "Turn a user's mistake into its sentence and an exit code."
@@ -24,7 +25,7 @@ def _sentences():
     try: yield
     except RunLocked as e: leave(str(e), 3)
     except KeyboardInterrupt: leave("stopped; the same command goes on from the last checkpoint", 130)
-    except (ValueError, OSError, FloatingPointError) as e: leave(str(e), 2)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as e: leave(str(e) or type(e).__name__, 2)
 
 # %% ../nbs/54_cli.ipynb #70ce5ff2
 def parse_settings(
@@ -37,7 +38,7 @@ def parse_settings(
         except json.JSONDecodeError: return text
     return {name.strip(): value(text) for name, text in (s.split("=", 1) for s in settings)}
 
-# %% ../nbs/54_cli.ipynb #e8d433e8
+# %% ../nbs/54_cli.ipynb #d08c73b5
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Long-tailed remote-sensing recognition with DMRS.")
 
@@ -58,7 +59,7 @@ def run(
         chosen = load_config(config, **parse_settings(setting))
         from dmrs_nb.training import fit
         folder = fit(chosen, progress=not quiet)
-        if folder.done: report(folder)
+        if os.environ.get("RANK", "0") == "0": report(folder)   # one of several processes speaks
 
 
 def report(

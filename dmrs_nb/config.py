@@ -7,10 +7,11 @@ __all__ = ['PLACE', 'DMRS_LAMBDAS', 'METHODS', 'DataFields', 'ModelFields', 'Lea
            'RunConfig', 'ConfigError', 'nearest', 'recipe_fields', 'make_config', 'load_config', 'project_root',
            'resolve_path', 'assigned_names', 'config_from_notebook', 'explain']
 
-# %% ../nbs/50_config.ipynb #4843e072
+# %% ../nbs/50_config.ipynb #2e8d1c04
 import ast
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .runs import run_id
 
-# %% ../nbs/50_config.ipynb #0feda28c
+# %% ../nbs/50_config.ipynb #19ab5b49
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataFields(_Fields):
@@ -32,7 +33,7 @@ class DataFields(_Fields):
     img_max: int | None = Field(None, ge=1, description="images of the most frequent class; None: training images ÷ classes")
     class_order: Literal["alphabetical", "size", "random"] = Field("alphabetical", description="which class gets which place in the profile")
     split: Literal["stratified", "published"] = Field("stratified", description="how train, val and test are drawn when the folders do not say")
-    split_seed: int = Field(0, ge=0, description="seed of the split and of the thinning: the same images for every training seed")
+    split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of the thinning: the same images for every training seed")
     val_size: float = Field(0.1, ge=0, lt=1, description="share of each class for validation")
     test_size: float = Field(0.2, ge=0, lt=1, description="share of each class for the test")
     bad_images: Literal["stop", "skip"] = Field("stop", description="what to do about files that cannot be read")
@@ -67,7 +68,7 @@ class LearningFields(_Fields):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes")
     augment: Literal["none", "aerial", "autoaugment"] = Field("aerial", description="random transforms of training images")
 
-# %% ../nbs/50_config.ipynb #b2066cb0
+# %% ../nbs/50_config.ipynb #5e7b7702
 class BudgetFields(_Fields):
     "How long, how fast, and when to look."
     epochs: float | None = Field(None, ge=0, description="passes over as many draws as there are training images; give epochs or steps")
@@ -78,7 +79,7 @@ class BudgetFields(_Fields):
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of AdamW; L2 of SGD")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="what the rate does after the warm-up")
-    seed: int = Field(0, ge=0, description="seed of everything random in training")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in training")
     eval_every: int | None = Field(None, ge=1, description="steps between looks at validation; None: a fifth of the run")
     select: Literal["last", "best-val"] = Field("last", description="the weights that are kept: the last, or the best on validation")
 
@@ -96,7 +97,7 @@ class PlaceFields(_Fields):
 
 PLACE = tuple(PlaceFields.model_fields)
 
-# %% ../nbs/50_config.ipynb #f1dafb9a
+# %% ../nbs/50_config.ipynb #3701b4b0
 DMRS_LAMBDAS = {1: (0.0,), 2: (-0.5, 1.5), 3: (-0.5, 0.0, 1.5), 4: (-0.5, 0.0, 0.75, 1.5), 5: (-0.5, 0.0, 0.5, 1.0, 1.5)}
 
 
@@ -114,13 +115,21 @@ def _rules(c) -> "list[str]":
     rule(c.lambdas is not None and c.loss != "mme", f"lambdas={list(c.lambdas or ())} is used by loss=mme only; found loss={c.loss}")
     rule(c.loss == "mme" and c.lambdas is not None and len(c.lambdas) != E, f"lambdas has {len(c.lambdas or ())} values for num_experts={E}; give one for each expert")
     rule(c.loss == "mme" and c.lambdas is None and E not in DMRS_LAMBDAS, f"no default λ for num_experts={E}; give lambdas, one for each expert")
+    rule(c.adapter == "dense" and c.target_modules != ("out_proj",), f"adapter=dense trains out_proj only; found target_modules={','.join(c.target_modules)}")
+    rule(len(set(c.target_modules)) < len(c.target_modules), f"target_modules={','.join(c.target_modules)} names a projection twice; name each once")
+    rule(not re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), f"device: found {c.device!r}, expected auto, cpu, cuda, or one GPU such as cuda:0")
     rule(c.mix_prob < 1 and c.mixing != "mixsss", f"mix_prob={c.mix_prob:g} is part of mixing=mixsss; found mixing={c.mixing}")
     return wrong
 
-# %% ../nbs/50_config.ipynb #3eb506c7
+# %% ../nbs/50_config.ipynb #75f0dc88
 class RunConfig(PlaceFields, BudgetFields, LearningFields, ModelFields, DataFields):
     "Everything one run needs: flat, validated, one field for each papermill parameter."
     method: str = Field("dmrs", description="the recipe whose defaults were used")
+
+    @field_validator("lambdas", "target_modules", mode="before")
+    @classmethod
+    def _listed(cls, value):   # a shell and papermill have no lists: "[0,1,2]", "0,1,2" and "q, v" are meant as such
+        return [v.strip(" '\"") for v in value.strip("[]() ").split(",") if v.strip(" '\"")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _together(self):
@@ -176,12 +185,12 @@ def _sentence(error: dict) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{field}: found {found!r}, expected {message}"
 
-# %% ../nbs/50_config.ipynb #94a51c9a
+# %% ../nbs/50_config.ipynb #bf837de6
 def recipe_fields(
     method: str,  # a name in METHODS
 ) -> dict:        # the fields that the recipe sets
     "The defaults that a recipe lays over `RunConfig`'s. Raises `ConfigError` for an unknown recipe."
-    if method not in METHODS: raise ConfigError(f"method: found {method!r}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}")
+    if not isinstance(method, str) or method not in METHODS: raise ConfigError(f"method: found {method!r}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     return METHODS[method]["fields"]
 
 
@@ -203,15 +212,18 @@ def make_config(
         return RunConfig(**config.model_dump() | filled) if filled else config
     except ValidationError as e: raise ConfigError("; ".join(dict.fromkeys(map(_sentence, e.errors())))) from None
 
-# %% ../nbs/50_config.ipynb #0301514f
+# %% ../nbs/50_config.ipynb #98b96391
 def load_config(
-    path,        # a JSON file: an object with any fields of RunConfig
+    path,        # a JSON file: an object with any fields of RunConfig; or a run folder that holds one
+    /,
     **explicit,  # fields that win over the file's
 ) -> RunConfig:
     "Read a config file. Raises `ConfigError` that names the file."
     path = Path(path)
+    if path.is_dir(): path = path / "config.json"
     try: fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: expected JSON, but {e}") from None
     if not isinstance(fields, dict): raise ConfigError(f"{path}: expected a JSON object of parameters, found {type(fields).__name__}")
     try: return make_config(**fields | explicit)

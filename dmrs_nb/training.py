@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Task', 'split_items', 'prepare', 'build_model', 'trainable', 'lr_at', 'step_seed', 'FeatureBatches', 'budget',
-           'make_batches', 'make_optimizer', 'mixing_of', 'loss_of', 'Learner', 'predict_logits', 'score', 'evaluate',
-           'save_model', 'load_model', 'make_accelerator', 'learn', 'fit', 'image_files', 'predict', 'read_image',
-           'top_answers']
+           'on_features', 'make_batches', 'make_optimizer', 'mixing_of', 'loss_of', 'Learner', 'predict_logits',
+           'score', 'evaluate', 'save_model', 'check_device', 'load_model', 'make_accelerator', 'due', 'learn', 'fit',
+           'image_sources', 'read_image', 'top_answers', 'predict']
 
-# %% ../nbs/51_training.ipynb #ea657c1f
+# %% ../nbs/51_training.ipynb #315647be
+import importlib.util
 import math
 import time
-import warnings
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -59,21 +60,23 @@ class Task:
                     thresholds_reason=self.reason, num_train=len(s.train), num_val=len(s.val), num_test=len(s.test),
                     bad_images=[list(b) for b in self.bad])
 
-# %% ../nbs/51_training.ipynb #18e494a5
+# %% ../nbs/51_training.ipynb #928c3a6d
 def split_items(
     items: Items,       # images and their classes
     config: RunConfig,  # profile and shares
     keep=None,          # (N,) bool: images that could be read; None: all
 ) -> Split:             # indices into items
-    "The split and the profile that a config asks for, among the images that could be read."
+    "The split and the profile that a config asks for, among the images that could be read. Raises `ValueError`."
     kept = np.arange(len(items)) if keep is None else np.flatnonzero(keep)
+    if lost := [name for c, name in enumerate(items.classnames) if not (items.targets[kept] == c).any()]:
+        raise ValueError(f"bad_images=skip: none of the images of class {lost[0]!r} can be read; replace them, or remove the folder")
     given = None if items.split is None else items.split[kept]
     s = longtail_split(items.targets[kept], items.classnames, imb_type=config.imb_type, imb_factor=config.imb_factor, img_max=config.img_max,
                        order=config.class_order, split=config.split, val=config.val_size, test=config.test_size,
                        split_seed=config.split_seed, seed=config.split_seed, given=given)
     return Split(*(kept[part] for part in (s.train, s.val, s.test)), s.cls_num_list)
 
-
+# %% ../nbs/51_training.ipynb #85092df0
 def prepare(
     config: RunConfig,
     progress: bool = True,  # bars for decoding
@@ -129,16 +132,21 @@ def step_seed(
     "A seed for one part of one step: far apart for neighbours."
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/51_training.ipynb #6e0b59b7
+# %% ../nbs/51_training.ipynb #d948f4dc
 class FeatureBatches(torch.utils.data.Dataset):
     "Batches of frozen features: what `Batches` is for images."
-    def __init__(self, features, targets, stream, batch_size):
-        self.features, self.targets, self.stream = features, torch.as_tensor(targets), torch.as_tensor(stream).view(-1, batch_size)
+    def __init__(
+        self,
+        features,    # (N, D) on the CPU
+        targets,     # (N,) int
+        stream,      # (steps · batch_size,) indices into features
+        batch_size,  # images a step
+    ): self.features, self.targets, self.stream = features, torch.as_tensor(targets), torch.as_tensor(stream).view(-1, batch_size)
 
     def __len__(self): return len(self.stream)
     def __getitem__(self, step): return self.features[self.stream[step]], self.targets[self.stream[step]]
 
-
+# %% ../nbs/51_training.ipynb #27192e42
 def budget(
     config: RunConfig,
     num_train: int,  # training images
@@ -147,6 +155,14 @@ def budget(
     return config.steps if config.steps is not None else math.ceil(config.epochs * num_train / config.batch_size)
 
 
+def on_features(
+    config: RunConfig,
+    model: torch.nn.Module,
+) -> bool:  # a probe whose images never change
+    "Whether training can read features instead of images."
+    return isinstance(model, LinearProbe) and config.augment == "none" and config.mixing in ("none", "mixup")
+
+# %% ../nbs/51_training.ipynb #fbe98f81
 def make_batches(
     config: RunConfig,
     task: Task,
@@ -155,13 +171,13 @@ def make_batches(
     "Every batch of the run, ready to be asked for."
     train, targets = task.split.train, task.items.targets[task.split.train]
     drawn = index_stream(config.sampler, targets, budget(config, len(train)) * config.batch_size, seed=config.seed)
-    if isinstance(model, LinearProbe) and config.augment == "none":
+    if on_features(config, model):
         features = encode_images(task.clip, eval_batches(task.cache, train, 128, eval_transform(task.clip.preprocess)))
         return FeatureBatches(features, targets, drawn, config.batch_size)
     transform = train_transform(config.augment, task.clip.preprocess)
     return Batches(task.cache, task.items.targets, train[drawn], config.batch_size, transform, seed=config.seed)
 
-# %% ../nbs/51_training.ipynb #c1ce2efb
+# %% ../nbs/51_training.ipynb #74caf37b
 def make_optimizer(
     params,             # what to train
     config: RunConfig,
@@ -178,11 +194,11 @@ def mixing_of(
     "The mixing that a config asks for, with a generator of its own."
     kw = dict(label_smoothing=config.label_smoothing)
     if config.mix_alpha is not None: kw["alpha"] = config.mix_alpha
-    if config.mixing == "mixsss": kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob,
-                                           diagonal=-math.inf)   # a class is never its own nearest, even where cosines are negative
+    if config.mixing == "mixsss":   # a class is never its own nearest, even where cosines are negative: hence the diagonal
+        kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob, diagonal=-math.inf)
     return make_mixing(config.mixing, len(task.words), generator=torch.Generator(), **kw)
 
-
+# %% ../nbs/51_training.ipynb #bce8c1fe
 def loss_of(
     config: RunConfig,
     task: Task,
@@ -191,7 +207,7 @@ def loss_of(
     kw = dict(lambdas=config.lambdas) if config.loss == "mme" else dict(tau=config.tau) if config.loss == "logit-adjusted" else {}
     return make_loss(config.loss, task.split.cls_num_list, num_experts=config.num_experts, **kw)
 
-# %% ../nbs/51_training.ipynb #2ebbe097
+# %% ../nbs/51_training.ipynb #665aeeaf
 @dataclass
 class Learner:
     "What one step needs, put together once."
@@ -205,20 +221,20 @@ class Learner:
     steps: int
 
     def step(self, t, images, targets) -> float:
-        "Learn from batch `t`; returns its loss."
-        a, seed = self.accelerator, self.config.seed
+        "Learn from batch `t`; returns its loss. Raises `FloatingPointError` when that is no number."
+        a, seed, lr = self.accelerator, self.config.seed, lr_at(t, self.steps, self.config)
         if self.mix.generator is not None: self.mix.generator.manual_seed(step_seed(seed, t, 0))
-        images, targets = (x[a.process_index::a.num_processes].to(a.device) for x in self.mix(images, targets))
+        mine = slice(a.process_index, None, a.num_processes) if self.head is self.model else slice(None)
+        images, targets = (x[mine].to(a.device) for x in self.mix(images, targets))
         torch.manual_seed(step_seed(seed, t, 1 + a.process_index))
-        for group in self.optimizer.param_groups: group["lr"] = lr_at(t, self.steps, self.config)
+        for group in self.optimizer.param_groups: group["lr"] = lr
         with a.autocast(): logits = self.head(images)
         loss = self.loss_fn(logits.float(), targets)
-        if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {t} (lr {lr_at(t, self.steps, self.config):.3g}); try a smaller lr")
-        a.backward(loss)
-        self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+        if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {t} (lr {lr:.3g}); try a smaller lr")
+        a.backward(loss); self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-# %% ../nbs/51_training.ipynb #85db5f89
+# %% ../nbs/51_training.ipynb #e4dc5690
 @torch.inference_mode()
 def predict_logits(
     model: torch.nn.Module,
@@ -247,7 +263,7 @@ def score(
     first, *experts = [compute_metrics(p.numpy(), targets, groups) for p in both]
     return first, experts
 
-
+# %% ../nbs/51_training.ipynb #c08bdebf
 def evaluate(
     model: torch.nn.Module,
     task: Task,
@@ -262,7 +278,7 @@ def evaluate(
     logits = predict_logits(model, eval_batches(task.cache, indices, batch_size, eval_transform(task.clip.preprocess)), device, autocast)
     return score(logits, task.items.targets[indices], task.groups)[0], logits
 
-# %% ../nbs/51_training.ipynb #65111dd7
+# %% ../nbs/51_training.ipynb #eeb3448c
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -276,42 +292,57 @@ def save_model(
     save_file({"text_features": task.text.detach().cpu().contiguous()}, folder / "text_features.safetensors")
     write_json(folder / "classes.json", {"classnames": list(task.items.classnames), "words": list(task.words)})
 
+# %% ../nbs/51_training.ipynb #32c5ecc8
+def check_device(
+    name,              # auto, cpu, cuda, cuda:1, or a torch.device
+) -> "torch.device":
+    "The device that is meant. Raises `ValueError` when it is not there."
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if str(name) == "auto": return torch.device("cuda" if gpus else "cpu")
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda, or one GPU such as cuda:0") from None
+    if device.type == "cuda" and not gpus: raise ValueError(f"device: found {name}, but this PyTorch sees no GPU; use device=cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= gpus: raise ValueError(f"device: found {name}, but the last GPU here is cuda:{gpus - 1}")
+    return device
 
+# %% ../nbs/51_training.ipynb #a5b91f94
 def load_model(
     run,              # a run folder, or its path
-    device="cpu",
+    device="cpu",     # auto, cpu, cuda, …
 ) -> "tuple[torch.nn.Module, CLIP, dict]":  # model, frozen CLIP, {"classnames", "words"}
-    "The trained model of a finished run."
-    run = RunFolder(getattr(run, "path", run))
+    "The trained model of a finished run. Raises `ValueError` when the run is unfinished or damaged."
+    run, device = RunFolder(getattr(run, "path", run)), check_device(device)
     if not run.done: raise ValueError(f"{run.path}: expected a finished run, found no metrics.json; train it first, or give another folder")
-    config, folder = RunConfig(**run.config), run.adapter_path
+    config, folder = make_config(**run.config), run.adapter_path
     clip = load_clip(config.backbone, config.pretrained, device=device)
-    model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"])
-    if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
-    else: model.load_adapters(folder)
+    try:
+        model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"])
+        if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        else: model.load_adapters(folder)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"{folder}: the saved model is damaged ({' '.join(str(e).split())[:200]}); delete the run folder and train again") from e
     return model.to(device).eval(), clip, read_json(folder / "classes.json")
 
-# %% ../nbs/51_training.ipynb #79a3223e
+# %% ../nbs/51_training.ipynb #23225921
 def make_accelerator(
     config: RunConfig,
     folder=None,   # where TensorBoard writes, when asked
 ) -> "accelerate.Accelerator":
-    "Device and precision of a run."
+    "Device and precision of a run. Raises `ValueError` for what this machine does not have."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    device = check_device(config.device)
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("tensorboard: it is not installed; pip install 'dmrs_nb[track]', or leave tensorboard off")
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(reset_partial_state=True)   # a notebook runs many configs
-    if config.device.startswith("cuda"):
-        if not torch.cuda.is_available(): raise ValueError(f"device: found {config.device}, but this PyTorch sees no GPU; use device=cpu or auto")
-        torch.cuda.set_device(torch.device(config.device))
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[config.precision]
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
+    if device.type == "cuda": torch.cuda.set_device(device)
+    precision = {"auto": "bf16" if device.type == "cuda" else "no", "fp32": "no", "bf16": "bf16"}[config.precision]
+    accelerator = Accelerator(cpu=device.type != "cuda", mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder)
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size: {config.batch_size} images cannot be shared by {accelerator.num_processes} processes; choose a multiple")
-    if config.tensorboard: accelerator.init_trackers("tensorboard")
     return accelerator
 
-# %% ../nbs/51_training.ipynb #b646cf12
+# %% ../nbs/51_training.ipynb #d750ac5e
 def _state(learner, **more) -> dict:
     "Everything that training changes."
     model = learner.accelerator.unwrap_model(learner.model)
@@ -325,49 +356,72 @@ def _restore(model, weights):
     with torch.no_grad():
         for n, p in params.items(): p.copy_(weights[n])
 
+# %% ../nbs/51_training.ipynb #270915e7
+def _resume(learner, run) -> dict:
+    "Take up the run's checkpoint, or begin."
+    if (state := run.load_checkpoint()) is None: return dict(step=0, best=None, train_s=0.0)
+    if missing := {"step", "weights", "optimizer", "best", "train_s"} - state.keys():
+        raise ValueError(f"{run.checkpoint_path}: expected a checkpoint of this kit, but it lacks {', '.join(sorted(missing))}; delete it to start again")
+    _restore(learner.accelerator.unwrap_model(learner.model), state["weights"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    return state
 
-def _look(learner, task, row) -> dict:
-    "Validation metrics as columns of the history."
-    if not len(task.split.val): return row
-    a = learner.accelerator
+
+def _served(loader):
+    "A loader's batches; a lost worker becomes a sentence."
+    try: yield from loader
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e): raise
+        raise ChildProcessError("workers: a process that prepares batches was lost, often for want of memory; start the same command again "
+                                "(it goes on from the last checkpoint), with workers=0 if this happens again") from e
+
+# %% ../nbs/51_training.ipynb #538ac1d4
+def due(
+    done: int,          # steps taken
+    steps: int,         # T
+    config: RunConfig,  # eval_every, checkpoint_every
+) -> "tuple[bool, bool, bool]":  # look at validation, write a row, save a checkpoint
+    "What has to be done after a step."
+    every = lambda n, parts: done % (n or max(1, steps // parts)) == 0
+    look = done == steps or every(config.eval_every, 5)
+    return look, look or every(None, 50), every(config.checkpoint_every, 5) and done < steps
+
+# %% ../nbs/51_training.ipynb #38ac1703
+def _row(learner, task, done, losses, look) -> dict:
+    "A row of history, with validation metrics when it is time to look."
+    c, a = learner.config, learner.accelerator
+    row = dict(step=done, epoch=done * c.batch_size / len(task.split.train), lr=lr_at(done - 1, learner.steps, c), loss=float(np.mean(losses)))
+    if not look or not len(task.split.val): return row
     metrics, _ = evaluate(a.unwrap_model(learner.model), task, "val", device=a.device, autocast=a.autocast)
     return row | {f"val_{k}": metrics[k] for k in ("acc1", "mean_per_class_recall", "many", "medium", "few")}
 
-# %% ../nbs/51_training.ipynb #502ed42d
+# %% ../nbs/51_training.ipynb #4d2a0a77
 def learn(
     learner: Learner,
     task: Task,
-    batches,              # item t is the batch of step t
+    batches,                # item t is the batch of step t
     run: RunFolder,
-    callback=None,        # called with each row of the history
+    callback=None,          # called with each row of the history
     progress: bool = True,
-) -> dict:                # the last state: weights, best, seconds
+) -> dict:                  # best look, seconds of training
     "Train from the run's checkpoint, or from the start, to the last step."
-    config, a, steps = learner.config, learner.accelerator, learner.steps
-    state = run.load_checkpoint() or {"step": 0, "best": None, "train_s": 0.0}
-    if state["step"]:
-        _restore(a.unwrap_model(learner.model), state["weights"]); learner.optimizer.load_state_dict(state["optimizer"])
-    look, save, log = (n or max(1, steps // k) for n, k in ((config.eval_every, 5), (config.checkpoint_every, 5), (None, 50)))
+    config, steps, state, losses = learner.config, learner.steps, _resume(learner, run), []
+    learner.accelerator.wait_for_everyone()   # nobody writes a checkpoint before all have read it
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(state["step"], steps), num_workers=config.workers)
-    bar = tqdm(total=steps, initial=state["step"], desc=config.run_id, unit="step", disable=not (progress and a.is_main_process), leave=False)
-    losses, best, spent, clock = [], state["best"], state["train_s"], time.perf_counter()
-    for t, (images, targets) in enumerate(loader, state["step"]):
-        losses.append(learner.step(t, images, targets))
-        done, last = t + 1, t + 1 == steps
-        bar.update(); bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        if not (last or done % look == 0 or done % log == 0 or done % save == 0): continue
-        row = dict(step=done, epoch=done * config.batch_size / len(task.split.train), lr=lr_at(t, steps, config), loss=float(np.mean(losses)))
-        if last or done % look == 0:
-            row, losses = _look(learner, task, row), []
-            best = _better(best, row, learner)
-        elif done % log == 0: losses = []
-        else: row = None
-        spent += time.perf_counter() - clock; clock = time.perf_counter()
-        _record(learner, run, row, _state(learner, best=best, train_s=spent) if (done % save == 0 and not last) else None, done, callback)
-    bar.close()
+    best, spent, clock = state["best"], state["train_s"], time.perf_counter()
+    with tqdm(total=steps, initial=state["step"], desc=config.run_id, unit="step", disable=not progress, leave=False) as bar:
+        for done, (images, targets) in enumerate(_served(loader), state["step"] + 1):
+            losses.append(learner.step(done - 1, images, targets))
+            bar.update(); bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            look, log, save = due(done, steps, config)
+            if not (log or save): continue
+            row, losses = (_row(learner, task, done, losses, look), []) if log else (None, losses)
+            best = _better(best, row, learner) if look else best
+            spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
+            _record(learner, run, row, _state(learner, best=best, train_s=spent) if save else None, done, callback)
     return dict(best=best, train_s=spent)
 
-# %% ../nbs/51_training.ipynb #7570751e
+# %% ../nbs/51_training.ipynb #8a3278b1
 def _better(best, row, learner):
     "The best look at validation so far, when the config keeps it."
     value = row.get("val_mean_per_class_recall")
@@ -380,118 +434,109 @@ def _record(learner, run, row, state, done, callback):
     if learner.accelerator.is_main_process:
         if row: run.append_history(row)
         if state: run.save_checkpoint(state, done)
-        if row and learner.config.tensorboard: learner.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if row and learner.config.tensorboard: learner.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
     if row and callback: callback(row)
 
-# %% ../nbs/51_training.ipynb #cbd1263e
+# %% ../nbs/51_training.ipynb #77b1b04e
+def _learner(config, task, accelerator) -> Learner:
+    "Put model, loss, mixing and optimiser of a config together."
+    task.clip.model.to(accelerator.device)
+    task.text = task.text.to(accelerator.device)
+    model = build_model(config, task.clip, task.text).to(accelerator.device)
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(trainable(model).values(), config))
+    head = model.classify if on_features(config, model) else prepared
+    return Learner(config, prepared, head, loss_of(config, task).to(accelerator.device), mixing_of(config, task), optimizer, accelerator,
+                   budget(config, len(task.split.train)))
+
+
+def _check_parts(config, task):
+    "A run needs images to be judged on, and to choose on when it chooses."
+    if not len(task.split.test):
+        raise ValueError(f"test part: found no image, expected at least one to judge the run on; give test_size above 0 (found {config.test_size:g}), or a test/ folder")
+    if config.select == "best-val" and not len(task.split.val):
+        raise ValueError(f"select=best-val: there is no validation part to choose on; give val_size above 0 (found {config.val_size:g}), or select=last")
+
+# %% ../nbs/51_training.ipynb #ec9dff2e
 def fit(
     config: RunConfig,
     progress: bool = True,   # bars
     callback=None,           # called with each row of the history
 ) -> RunFolder:              # finished
     "Train what `config` says and judge it on the test part; a finished run is returned as it is, an interrupted one goes on."
-    run = RunFolder(Path(config.out_dir) / config.run_id)
+    run, clock = RunFolder(Path(config.out_dir) / config.run_id), time.perf_counter()
     if run.done: return run.start(config.content())
     accelerator = make_accelerator(config, run.path)
-    with run.lock() if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process: run.start(config.content(), device=str(accelerator.device))
-        accelerator.wait_for_everyone()
-        return _fit(config, run, accelerator, progress, callback)
-
-# %% ../nbs/51_training.ipynb #c95f7dd9
-def _learner(config, task, accelerator) -> Learner:
-    "Put model, loss, mixing and optimiser of a config together."
-    task.clip.model.to(accelerator.device); task.text = task.text.to(accelerator.device)
-    model = build_model(config, task.clip, task.text).to(accelerator.device)
-    optimizer = make_optimizer(trainable(model).values(), config)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    on_features = isinstance(model, LinearProbe) and config.augment == "none"
-    head = model.classify if on_features else prepared
-    return Learner(config, prepared, head, loss_of(config, task).to(accelerator.device), mixing_of(config, task), optimizer, accelerator,
-                   budget(config, len(task.split.train)))
-
-
-def _fit(config, run, accelerator, progress, callback):
-    clock = time.perf_counter()
-    task = prepare(config, progress=progress and accelerator.is_main_process)
+    main = accelerator.is_main_process
+    task = prepare(config, progress=progress and main)
+    _check_parts(config, task)
     learner = _learner(config, task, accelerator)
-    model, prepared = accelerator.unwrap_model(learner.model), time.perf_counter() - clock
-    learner.model.train()
-    ended = learn(learner, task, make_batches(config, task, model), run, callback, progress) if learner.steps else dict(best=None, train_s=0.0)
-    if ended["best"]: _restore(model, ended["best"]["weights"])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process: _finish(learner, task, run, dict(prepare_s=prepared, train_s=ended["train_s"]), clock)
-    accelerator.wait_for_everyone()
-    if config.tensorboard: accelerator.end_training()
+    with run.lock() if main else nullcontext():
+        if main: run.start(config.content(), device=str(accelerator.device))
+        accelerator.wait_for_everyone()
+        if not run.done: _fit(learner, task, run, clock, callback, progress and main)
     return run
 
-# %% ../nbs/51_training.ipynb #95334f50
+# %% ../nbs/51_training.ipynb #2a176af8
+def _fit(learner, task, run, clock, callback, progress):
+    config, a, prepared, ended = learner.config, learner.accelerator, time.perf_counter() - clock, dict(best=None, train_s=0.0)
+    model = a.unwrap_model(learner.model)
+    if config.tensorboard: a.init_trackers("tensorboard")
+    learner.model.train()
+    if learner.steps: ended = learn(learner, task, make_batches(config, task, model), run, callback, progress)
+    if ended["best"]: _restore(model, ended["best"]["weights"])
+    a.wait_for_everyone()
+    if a.is_main_process: _finish(learner, task, run, dict(prepare_s=prepared, train_s=ended["train_s"]), clock)
+    a.wait_for_everyone()
+    if config.tensorboard: a.end_training()
+
+# %% ../nbs/51_training.ipynb #bc023e0d
 def _finish(learner, task, run, timings, clock):
     "Judge the model, save it, and write the result last."
     a, start = learner.accelerator, time.perf_counter()
     model = a.unwrap_model(learner.model)
     if not run.history_path.exists(): run.history_path.write_text("step,epoch,lr,loss\n")
-    parts = {p: evaluate(model, task, p, device=a.device, autocast=a.autocast) if len(getattr(task.split, p)) else (None, None) for p in ("val", "test")}
+    parts = {p: evaluate(model, task, p, device=a.device, autocast=a.autocast) for p in ("val", "test") if len(getattr(task.split, p))}
     targets = {p: task.items.targets[getattr(task.split, p)] for p in parts}
-    predictions = {f"{p}_{k}": v for p, (m, z) in parts.items() if m is not None for k, v in (("logits", z), ("targets", targets[p]))}
+    predictions = {f"{p}_{k}": v for p, (_, z) in parts.items() for k, v in (("logits", z), ("targets", targets[p]))}
     predictions["test_paths"] = np.array([task.items.paths[i] for i in task.split.test])
     save_model(model, task, run.adapter_path)
+    trained = sum(p.numel() for p in trainable(model).values())
     timings |= dict(eval_s=time.perf_counter() - start, total_s=time.perf_counter() - clock)
-    extra = dict(run_id=run.name, val=parts["val"][0], experts=score(parts["test"][1], targets["test"], task.groups)[1], data=task.summary(), steps=learner.steps,
-                 place=dict(device=a.device.type, precision=a.mixed_precision, processes=a.num_processes, workers=learner.config.workers), parameters=dict(trainable=sum(p.numel() for p in trainable(model).values()) if learner.steps else 0,
-                                 total=sum(p.numel() for p in task.clip.model.parameters()) + sum(p.numel() for p in trainable(model).values())))
+    extra = dict(run_id=run.name, val=parts.get("val", (None,))[0], experts=score(parts["test"][1], targets["test"], task.groups)[1],
+                 data=task.summary(), steps=learner.steps,
+                 place=dict(device=a.device.type, precision=a.mixed_precision, processes=a.num_processes, workers=learner.config.workers),
+                 parameters=dict(trainable=trained if learner.steps else 0, total=trained + sum(p.numel() for p in task.clip.model.parameters())))
     run.finish(parts["test"][0], predictions, timings, extra=extra)
 
-# %% ../nbs/51_training.ipynb #d38acfab
-def image_files(
-    sources,  # a path, or several; folders are searched
-) -> list:    # of paths
-    "The files that are meant: hidden ones in folders are passed over."
-    sources, files = [sources] if isinstance(sources, (str, Path)) else list(sources), []
+# %% ../nbs/51_training.ipynb #990013c1
+def image_sources(
+    sources,  # a path, a PIL image, or several; folders are searched
+) -> list:    # of paths and PIL images
+    "The images that are meant: hidden files in folders are passed over. Raises `ValueError` and `FileNotFoundError`."
+    sources, found = [sources] if isinstance(sources, (str, Path)) or hasattr(sources, "convert") else list(sources), []
     for source in sources:
+        if hasattr(source, "convert"): found.append(source); continue
+        if not isinstance(source, (str, Path)):
+            raise ValueError(f"images: found a {type(source).__name__}, expected paths, folders or PIL images (PIL.Image.fromarray makes one of an array)")
         path = Path(source)
-        if path.is_dir(): files += sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        elif path.exists(): files.append(path)
+        if path.is_dir(): found += sorted(p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts))
+        elif path.exists(): found.append(path)
         else: raise FileNotFoundError(f"{path}: there is no such file or folder")
-    return files
+    return found
 
-
-def predict(
-    run,                     # a finished run folder, or its path
-    images,                  # a path, a folder, several of them, or PIL images
-    top_k: int = 3,          # answers for each image
-    batch_size: int = 64,
-    device="cpu",
-    progress: bool = False,
-) -> "pandas.DataFrame":     # image, class_1, probability_1, …, error
-    "Classify new images with the model of a run."
-    import pandas as pd
-    model, clip, classes = load_model(run, device)
-    transform, top_k = eval_transform(clip.preprocess), min(top_k, len(classes["words"]))
-    in_memory = not isinstance(images, (str, Path)) and all(hasattr(i, "convert") for i in images)
-    sources, rows = images if in_memory else image_files(images), []
-    for start in tqdm(range(0, len(sources), batch_size), desc="predicting", unit="batch", disable=not progress):
-        read = [read_image(s, clip.preprocess) for s in sources[start:start + batch_size]]
-        good = [pixels for pixels, error in read if error is None]
-        answers = iter(ensemble(torch.from_numpy(predict_logits(model, [transform(torch.stack(good))], device))) if good else ())
-        for i, (s, (_, error)) in enumerate(zip(sources[start:], read), start):
-            row = dict(image=f"image {i}" if in_memory else str(s), error=error)
-            rows.append(row if error else row | top_answers(next(answers), classes["words"], top_k))
-    columns = ["image", *(f"{n}_{k}" for k in range(1, top_k + 1) for n in ("class", "probability")), "error"]
-    return pd.DataFrame(rows, columns=columns)
-
-# %% ../nbs/51_training.ipynb #20794c18
+# %% ../nbs/51_training.ipynb #3b538f42
 def read_image(
     source,      # a path, or a PIL image
     preprocess,  # of the backbone
 ) -> "tuple[torch.Tensor | None, str | None]":  # uint8 (3, S, S), or the reason why not
     "One image as the backbone wants it."
     from PIL import Image
-    try: pixels = preprocess.fit(source if hasattr(source, "convert") else Image.open(source))
+    try:
+        with nullcontext(source) if hasattr(source, "convert") else Image.open(source) as image: pixels = preprocess.fit(image)
     except Exception as e: return None, f"cannot be read: {' '.join(str(e).split()) or type(e).__name__}"
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1), None
 
-
+# %% ../nbs/51_training.ipynb #cb69b50b
 def top_answers(
     probs,   # (C,) probabilities
     words,   # C class words
@@ -500,3 +545,27 @@ def top_answers(
     "The most probable classes as columns."
     values, best = probs.topk(top_k)
     return {k: v for i, (p, c) in enumerate(zip(values.tolist(), best.tolist()), 1) for k, v in ((f"class_{i}", words[c]), (f"probability_{i}", p))}
+
+# %% ../nbs/51_training.ipynb #8cad9809
+def predict(
+    run,                     # a finished run folder, or its path
+    images,                  # a path, a folder, a PIL image, or several of them
+    top_k: int = 3,          # answers for each image
+    batch_size: int = 64,
+    device="cpu",            # auto, cpu, cuda, …
+    progress: bool = False,
+) -> "pandas.DataFrame":     # image, class_1, probability_1, …, error
+    "Classify new images with the model of a run. Raises `ValueError` for a run that is not finished."
+    import pandas as pd
+    if min(top_k, batch_size) < 1: raise ValueError(f"top_k and batch_size: found {top_k} and {batch_size}, expected 1 or more")
+    sources, (model, clip, classes), rows = image_sources(images), load_model(run, device), []
+    transform, words = eval_transform(clip.preprocess), classes["words"]
+    for start in tqdm(range(0, len(sources), batch_size), desc="predicting", unit="batch", disable=not progress):
+        read = [read_image(s, clip.preprocess) for s in sources[start:start + batch_size]]
+        good = [pixels for pixels, error in read if error is None]
+        answers = iter(ensemble(torch.from_numpy(predict_logits(model, [transform(torch.stack(good))], check_device(device)))) if good else ())
+        for i, (s, (_, error)) in enumerate(zip(sources[start:], read), start):
+            row = dict(image=f"image {i}" if hasattr(s, "convert") else str(s), error=error)
+            rows.append(row if error else row | top_answers(next(answers), words, min(top_k, len(words))))
+    columns = ["image", *(f"{n}_{k}" for k in range(1, min(top_k, len(words)) + 1) for n in ("class", "probability")), "error"]
+    return pd.DataFrame(rows, columns=columns)
