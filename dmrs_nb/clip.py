@@ -373,7 +373,7 @@ def encode_images(
     features = [clip.model.encode_image(b.to(clip.device), normalize=True).cpu() for b in batches]
     return torch.cat(features) if features else torch.zeros(0, clip.embed_dim)
 
-# %% ../nbs/10_clip.ipynb #d1163c3e
+# %% ../nbs/10_clip.ipynb #fa388876
 class LinearProbe(nn.Module):
     "A linear classifier on frozen image features; begun from text features it is zero-shot until it is trained."
     def __init__(
@@ -395,7 +395,8 @@ class LinearProbe(nn.Module):
         with torch.no_grad(): return self.clip.model.encode_image(images, normalize=True)
 
     def classify(self, features: Tensor) -> Tensor:  # (B, D) -> (B, C): for features that were computed before
-        return self.logit_scale * self.head(features)
+        with torch.autocast(features.device.type, enabled=False):  # bf16 has 8 bits, too few for a scaled cosine
+            return self.logit_scale * self.head(features.float())
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C)
         return self.classify(self.features(images))

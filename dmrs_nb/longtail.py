@@ -174,7 +174,7 @@ def shot_groups(
     n = np.asarray(cls_num_list)
     return np.where(n > many, "many", np.where(n < few, "few", "medium"))
 
-# %% ../nbs/01_longtail.ipynb #10b82eb7
+# %% ../nbs/01_longtail.ipynb #5806bc41
 PUBLISHED_THRESHOLDS = (100, 20)
 
 def shot_thresholds(
@@ -187,6 +187,7 @@ def shot_thresholds(
     if len(set(shot_groups(cls_num_list, many, few))) == 3:
         return many, few, f"the published thresholds, more than {many} and fewer than {few}"
     n, C = sorted(cls_num_list), len(cls_num_list)
+    if n[0] == n[-1]: return int(n[0]), int(n[0]), f"no thresholds: every class has {n[0]} training images, so all are medium"
     k = min(round(C / 3), (C - 1) // 2)  # classes on each side; the middle keeps at least one
     many, few = int(n[C - 1 - k]), int(n[k])
     return many, few, f"terciles, more than {many} and fewer than {few}, since the published thresholds leave a group empty"

@@ -352,7 +352,7 @@ def _class_title(runs, groups, missed: int) -> str:
     never = f"; {missed} class{'es' if missed > 1 else ''} never recognised (×)" if missed else ""
     return f"{runs[0].config.get('method', 'run')}, % recognised: {', '.join(means)}{never}"
 
-# %% ../nbs/53_report.ipynb #3102f624
+# %% ../nbs/53_report.ipynb #3a3fc071
 def plot_longtail(
     cls_num_list,  # (C,) training images per class, in class order
     words,         # (C,) class names as words
@@ -368,13 +368,14 @@ def plot_longtail(
     fig, ax = _axes(ax, figsize or _class_size(len(counts), 3.2))
     order = np.argsort(-counts, kind="stable")
     for g in GROUPS:
-        own = [i for i, c in enumerate(order) if groups[c] == g]
+        if not (own := [i for i, c in enumerate(order) if groups[c] == g]): continue
         bars = ax.bar(own, counts[order[own]], color=SHOT_COLORS[g], label=f"{g}-shot: {len(own)} class{'es' * (len(own) != 1)}")
         if len(counts) <= 30: ax.bar_label(bars, fontsize=7)
     _class_ticks(ax, "x", [words[c] for c in order])
     ax.set(ylabel="training images", xlim=(-.6, len(counts) - .4))
     ratio = counts.max() / max(1, counts.min())
-    _tidy(ax, f"{counts.sum()} training images: {words[order[0]]} has {ratio:.0f} times as many as {words[order[-1]]}", pad=22)
+    tail = f"{words[order[0]]} has {ratio:.0f} times as many as {words[order[-1]]}" if ratio >= 1.5 else f"no long tail, {counts.min()} to {counts.max()} a class"
+    _tidy(ax, f"{counts.sum()} training images: {tail}", pad=22)
     _legend(ax)
     return fig
 
@@ -556,7 +557,7 @@ def _loader(images):
         with Image.open(root / path) as image: return image.convert("RGB")
     return load
 
-# %% ../nbs/53_report.ipynb #0422cf28
+# %% ../nbs/53_report.ipynb #dfb58b76
 def plot_mistakes(
     run: Run,      # with stored predictions
     images,        # root folder of the images, `Items`, or a function: relative path → PIL image or (H, W, 3) array
@@ -566,9 +567,11 @@ def plot_mistakes(
 ):  # matplotlib Figure
     "The surest wrong answers with their images. A file that cannot be read leaves a tile that names it."
     table, load = mistakes(run, n), _loader(images)
-    rows = max(1, -(-len(table) // columns))
+    if table.empty: rows, columns = 1, 1
+    else: rows = -(-len(table) // columns)
     fig, axes = _axes(None, figsize or (1.9 * columns, .5 + 2.2 * rows), nrows=rows, ncols=columns, squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
+    if table.empty: _note(axes.flat[0], "every test image was\nrecognised")
     for ax, row in zip(axes.flat, table.itertuples()):
         try: ax.imshow(np.asarray(load(row.path)))
         except (OSError, ValueError, KeyError, TypeError): _note(ax, f"{row.path.replace('/', '/' + chr(10))}\ncould not be read")
