@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMAS', 'register_schemas']
 
-# %% ../nbs/00_compat.ipynb #2af0b1cb
+# %% ../nbs/00_compat.ipynb #fb7ba070
 import importlib.util
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,15 +26,16 @@ def _native_loads(
         except OSError: return False
     return hasattr(torch.ops.torchvision, "nms")
 
-# %% ../nbs/00_compat.ipynb #6db1dd62
-@cache
+# %% ../nbs/00_compat.ipynb #506caeab
 def register_schemas(
-) -> "torch.library.Library | None":  # the library that has to be kept alive; None when torchvision needs no help
-    "Define the operator schemas that torchvision's import expects, only where its native library cannot load."
+) -> "torch.library.Library | None":  # what holds the schemas; None when torchvision needs no help
+    "Define the operator schemas that torchvision's import expects, once a process, only where its native library cannot load."
     if _native_loads(): return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in SCHEMAS: library.define(schema)
-    return library
+    operators = torch.ops.torchvision
+    if not hasattr(operators, "nms"):
+        operators.schemas_of_dmrs_nb = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in SCHEMAS: operators.schemas_of_dmrs_nb.define(schema)
+    return getattr(operators, "schemas_of_dmrs_nb", None)
 
 
-_library = register_schemas()
+register_schemas()
