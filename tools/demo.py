@@ -1,6 +1,6 @@
 """`make demo`: three recipes × two seeds on embedded aerial images, through the notebooks a person would use, and one table.
 
-    python tools/demo.py [--out runs/demo] [--steps 100] [--workers 2]
+    python tools/demo.py [--out runs/demo] [--steps 80] [--workers 2]
 
 Finished runs are kept: a second call only reads them.
 """
@@ -64,7 +64,7 @@ def train_all(cells, workers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=ROOT / "runs" / "demo", type=Path)
-    parser.add_argument("--steps", default=100, type=int, help="training steps of ce and dmrs")
+    parser.add_argument("--steps", default=80, type=int, help="training steps of ce and dmrs")
     parser.add_argument("--workers", default=min(2, os.cpu_count() or 1), type=int, help="runs at a time")
     args = parser.parse_args()
     out, clock = args.out.resolve(), time.perf_counter()
