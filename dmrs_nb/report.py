@@ -441,7 +441,7 @@ def plot_per_class(
     top.set_title(_class_title(runs, groups, missed.sum()), fontsize=10, loc="left", pad=16)
     return fig
 
-# %% ../nbs/53_report.ipynb #8e5044e5
+# %% ../nbs/53_report.ipynb #c7766973
 def plot_class_grid(
     df: pd.DataFrame,       # rows of `results` on the same classes
     by: str | None = None,  # column that makes a row of the figure; None: `labels`
@@ -468,7 +468,7 @@ def plot_class_grid(
     fig.colorbar(image, ax=ax, label="recognised, %", pad=.01)
     j = np.nan_to_num(np.ptp(recall, 0)).argmax()
     title = f"The rows differ most on {names[order[j]]}: {recall[:, j].min():.0f} to {recall[:, j].max():.0f} %"
-    ax.set_title(title if len(rows) > 1 else f"{rows[0]}, class by class", fontsize=10, loc="left", pad=16)
+    ax.set_title(title if len(rows) > 1 else f"{rows[0]}, class by class", fontsize=10, loc="left", pad=24)
     return fig
 
 # %% ../nbs/53_report.ipynb #d7d72659
