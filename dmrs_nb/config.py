@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'DMRS_LAMBDAS', 'METHODS', 'DataFields', 'ModelFields', 'LearningFields', 'BudgetFields', 'PlaceFields',
-           'RunConfig', 'ConfigError', 'nearest', 'recipe_fields', 'make_config', 'load_config', 'project_root',
-           'resolve_path', 'assigned_names', 'config_from_notebook', 'explain']
+           'RunConfig', 'ConfigError', 'recipe_fields', 'make_config', 'load_config', 'project_root', 'resolve_path',
+           'assigned_names', 'config_from_notebook', 'explain']
 
-# %% ../nbs/50_config.ipynb #2e8d1c04
+# %% ../nbs/50_config.ipynb #66ecacb0
 import ast
-import difflib
 import json
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .longtail import nearest
 from .runs import run_id
 
 # %% ../nbs/50_config.ipynb #19ab5b49
@@ -161,18 +161,9 @@ METHODS = {
                  fields=dict(adapter="lora", num_experts=3, loss="mme", sampler="class", mixing="mixsss", mix_prob=0.5, label_smoothing=0.05)),
 }
 
-# %% ../nbs/50_config.ipynb #b0822dc6
+# %% ../nbs/50_config.ipynb #5439b6d7
 class ConfigError(ValueError):
     "A configuration that cannot run; the message names the field, what was found and what was expected."
-
-
-def nearest(
-    name: str,  # what was typed
-    known,      # names that would have been right
-) -> str:       # "; did you mean 'x'?" or ""
-    "The nearest known name, as the end of a sentence."
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _sentence(error: dict) -> str:

@@ -206,9 +206,8 @@ def box_mask(
     mask[max(row - tall, 0):row + tall, max(column - wide, 0):column + wide] = False
     return mask
 
-# %% ../nbs/20_mixing.ipynb #4f8e1009
-class MixUp:
-    "Blend each image with its neighbour in the batch (Zhang et al., 2018). ValueError on bad arguments."
+# %% ../nbs/20_mixing.ipynb #2c817c5d
+class _WithNeighbour:
     def __init__(self,
         num_classes: int,   # C
         alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays
@@ -219,31 +218,27 @@ class MixUp:
         self.num_classes, self.alpha, self.label_smoothing = num_classes, alpha, label_smoothing
         self.generator = torch.Generator() if generator is None else generator
 
+    def draw(self, batch):  # (share that stays before any rounding, (batch,) the image before each in the batch)
+        return draw_beta(self.alpha, None, self.generator), torch.arange(batch).roll(1)
+
+
+class MixUp(_WithNeighbour):
+    "Blend each image with its neighbour in the batch (Zhang et al., 2018). ValueError on bad arguments."
     def __call__(self,
         images: torch.Tensor,   # (B, channels, H, W) floating
         targets: torch.Tensor,  # (B,) class indices
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, channels, H, W) mixed, (B, C) soft labels
-        lam, partner = draw_beta(self.alpha, None, self.generator), torch.arange(len(targets)).roll(1)
+        lam, partner = self.draw(len(targets))
         return blend(images, partner, lam), mix_targets(targets, partner, lam, self.num_classes, self.label_smoothing)
 
-# %% ../nbs/20_mixing.ipynb #f98fbf80
-class CutMix:
+# %% ../nbs/20_mixing.ipynb #b5906900
+class CutMix(_WithNeighbour):
     "Paste one box of the neighbour in the batch (Yun et al., 2019). ValueError on bad arguments."
-    def __init__(self,
-        num_classes: int,   # C
-        alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays
-        label_smoothing: float = 0.,  # share of the label spread over all classes
-        generator: torch.Generator | None = None,  # None = one of its own, with torch's default seed
-    ):
-        _check_mixing(num_classes, alpha, label_smoothing)
-        self.num_classes, self.alpha, self.label_smoothing = num_classes, alpha, label_smoothing
-        self.generator = torch.Generator() if generator is None else generator
-
     def __call__(self,
         images: torch.Tensor,   # (B, channels, H, W)
         targets: torch.Tensor,  # (B,) class indices
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, channels, H, W) mixed, (B, C) soft labels
-        lam, partner = draw_beta(self.alpha, None, self.generator), torch.arange(len(targets)).roll(1)
+        lam, partner = self.draw(len(targets))
         centre = torch.rand(2, generator=self.generator, device=self.generator.device).tolist()
         mask = box_mask(*images.shape[-2:], lam, *centre).expand(len(images), -1, -1)
         kept = kept_share(mask, *images.shape[-2:])

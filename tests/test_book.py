@@ -37,7 +37,7 @@ def test_notebook_is_small_and_has_no_errors_or_personal_paths(path):
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "nbs"], ids=name)
 def test_exported_cells_are_short(path):
     for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type == "code" and "#| export" in cell.source: assert len(cell.source.splitlines()) <= 60, cell.source.splitlines()[:3]
+        if cell.cell_type == "code" and "#| export" in cell.source: assert len(cell.source.splitlines()) <= 41, cell.source.splitlines()[:3]
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "nbs"], ids=name)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
 from hypothesis import given, settings
@@ -25,13 +24,11 @@ def test_run_notebook_parameters_are_the_fields_of_run_config():
 
 
 def test_papermill_with_an_unknown_parameter_fails_and_names_the_nearest(tmp_path):
-    notebook = nbformat.read(RUN_NOTEBOOK, 4)
     done = subprocess.run([sys.executable, "-m", "papermill", str(RUN_NOTEBOOK), str(tmp_path / "out.ipynb"), "--no-progress-bar",
                            "-p", "mehtod", "ce", "-p", "out_dir", str(tmp_path / "runs")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
     assert "mehtod: unknown parameter; did you mean 'method'?" in done.stderr
     assert not (tmp_path / "runs").exists()
-    assert len(notebook.cells) > 10
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,10 +60,6 @@ def test_a_bad_config_file_gets_a_sentence_that_names_it(tmp_path, text, says):
 @given(st.dictionaries(st.sampled_from([*RunConfig.model_fields, "nonsense"]),
                        st.one_of(st.none(), st.booleans(), st.integers(-3, 40), st.floats(-2, 2), st.text(max_size=8), st.lists(st.floats(-1, 2), max_size=4)), max_size=4))
 def test_any_values_give_a_config_or_a_sentence(fields):
-    fields = {k: v for k, v in fields.items() if not (k == "method" and not isinstance(v, str))}
     try: config = make_config(**fields)
     except ConfigError as e: assert str(e) and "\n" not in str(e)
-    else: assert load_config_roundtrip(config) == config.run_id
-
-
-def load_config_roundtrip(config): return make_config(**json.loads(config.model_dump_json())).run_id
+    else: assert make_config(**json.loads(config.model_dump_json())).run_id == config.run_id

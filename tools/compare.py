@@ -43,7 +43,7 @@ def main():
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), unit="run") as bar:
         for config, done in zip(todo, pool.map(lambda c: train(c, threads), todo)):
             bar.update(); bar.set_description(config.run_id)
-            if done.returncode: failed.append(f"{config.run_id}: {done.stderr.strip().splitlines()[-1]}")
+            if done.returncode: failed.append(f"{config.run_id}: {(done.stderr.strip().splitlines() or [f'ended with exit code {done.returncode}'])[-1]}")
     stored = args.spec.resolve().parents[1] / "results" / args.spec.stem
     for config in todo:
         for name in ("config.json", "metrics.json"):
