@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import yaml
@@ -19,9 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def cells(spec, out):
-    "The configs of a spec: base, then the run's own fields, then each seed."
+    "The configs of a spec: for each group its base, every combination of `each`, each of its runs, each seed; seeds outermost, so that a stopped comparison is balanced."
     from dmrs_nb.config import make_config
-    return [make_config(**spec["base"] | run | dict(seed=seed, out_dir=str(out))) for seed in spec["seeds"] for run in spec["runs"]]
+    found = {}
+    for group in spec.get("groups") or [spec]:
+        combinations = [dict(zip(group.get("each", {}), values)) for values in product(*group.get("each", {}).values())]
+        for seed, combination, run in product(group.get("seeds", spec["seeds"]), combinations, group["runs"]):
+            config = make_config(**spec["base"] | group.get("base", {}) | combination | run | dict(seed=seed, out_dir=str(out)))
+            found.setdefault(config.run_id, config)
+    return list(found.values())
 
 
 def train(config, threads):
