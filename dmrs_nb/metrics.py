@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'as_array', 'check_classes', 'confusion_matrix', 'accuracy', 'per_class_recall', 'mean_per_class_recall',
            'macro_f1', 'cohen_kappa', 'confusion_metrics', 'expected_calibration_error', 'check_probs',
-           'compute_metrics', 'check_rows', 'bootstrap_interval', 'paired_bootstrap', 'metric_intervals']
+           'compute_metrics', 'check_rows', 'bootstrap_interval', 'paired_bootstrap', 'seeds_bootstrap',
+           'metric_intervals']
 
 # %% ../nbs/40_metrics.ipynb #ab6ef133
 from collections.abc import Callable
@@ -214,6 +215,23 @@ def paired_bootstrap(
     "Interval of a difference: both methods answer the same redrawn images."
     def difference(a, b, *rest): return np.subtract(statistic(a, *rest), statistic(b, *rest))
     return bootstrap_interval(difference, a, b, *arrays, **kwargs)
+
+# %% ../nbs/40_metrics.ipynb #e35a671f
+def seeds_bootstrap(
+    a,  # (S, N) score of each image under each seed of one method, e.g. 1 where it was right
+    b,  # (S, N) of another method: the same images, row by row the same seed
+    n: int = 2000,  # resamples
+    level: float = 0.95,  # of confidence, between 0 and 1
+    seed: int = 0,  # of the resampling
+    strata=None,  # (N,) e.g. the targets: redraw images within each class
+) -> tuple:  # low, high of mean(a) - mean(b)
+    "Interval of a difference of means when seeds and test images are both redrawn; ValueError when the tables do not fit."
+    a, b = as_array(a).astype(float), as_array(b).astype(float)
+    if a.ndim != 2 or a.shape != b.shape: raise ValueError(f"a has shape {a.shape} and b {b.shape}, expected (seeds, images) for both.")
+    rows = np.random.default_rng([seed, 1]).integers(0, len(a), (n, len(a)))
+    images = _resamples(check_rows(a.T, *([] if strata is None else [as_array(strata)])), n, seed, None if strata is None else as_array(strata))
+    means = [(a - b)[r].mean(0)[i].mean() for r, i in zip(rows, images)]
+    return tuple(float(v) for v in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
 
 # %% ../nbs/40_metrics.ipynb #0a1630ff
 def metric_intervals(
