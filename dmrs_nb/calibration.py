@@ -68,7 +68,7 @@ def calibrated(
         z = z + (_shares("target", target, z, zero=True).log() - _shares("effective", effective, z, zero=False).log())[:, None]
     return z.softmax(-1).mean(0)
 
-# %% ../nbs/41_calibration.ipynb #f2ec6067
+# %% ../nbs/41_calibration.ipynb #ad8459df
 TEMPERATURES = (0.2, 10.0)  # bounds of the search
 
 
@@ -93,7 +93,10 @@ def fit_temperature(
         warnings.warn(f"temperature: {z.shape[1]} validation images for {z.shape[2]} classes are too few to fit it (expected two a class); it stays 1", stacklevel=2)
         return 1.0
     if effective is not None and prior is None: prior = torch.bincount(y, minlength=z.shape[2])
-    cost = lambda t: negative_log_likelihood(calibrated(z, math.exp(t), effective, prior if effective is not None else None), y)
+    prior, doubt = prior if effective is not None else None, 1 / (len(y) + 2)  # Platt's: N right answers never make the next one certain
+    def cost(log_t):
+        p = calibrated(z.double(), math.exp(log_t), effective, prior)[torch.arange(len(y)), y].clamp(1e-12, 1 - 1e-12)
+        return -((1 - doubt) * p.log() + doubt * (1 - p).log()).mean().item()
     return math.exp(minimize_scalar(cost, bounds=[math.log(t) for t in TEMPERATURES], method="bounded").x)
 
 # %% ../nbs/41_calibration.ipynb #f6c2344d
