@@ -655,7 +655,7 @@ def _text_features(run: Run) -> np.ndarray | None:
     path = run.path / "adapter" / "text_features.safetensors"
     return load_file(path)["text_features"] if path.is_file() else None
 
-# %% ../nbs/53_report.ipynb #11054323
+# %% ../nbs/53_report.ipynb #a9f25ef7
 def confused_pairs(
     run: Run | str | Path,  # with stored predictions
     top: int | None = 10,   # how many pairs; None: every pair that was confused
@@ -674,11 +674,11 @@ def confused_pairs(
     for kind in ("words", "looks"): table[f"{kind}_rank"] = table[kind].rank(ascending=False, method="min").astype("Int64")
     same = [[k for k in ("words", "looks") if row[f"{k}_rank"] is not pd.NA and row[f"{k}_rank"] <= near] for _, row in table.iterrows()]
     table["alike"] = [" and ".join(s) or "neither" for s in same]
-    if table[["words", "looks"]].isna().all(None): table["alike"] = "not known"
+    if table[["words", "looks"]].isna().all(axis=None): table["alike"] = "not known"
     confused = table[table.share > 0].sort_values("share", ascending=False, kind="stable", ignore_index=True)
     return confused if top is None else confused.head(top)
 
-# %% ../nbs/53_report.ipynb #3cda23c3
+# %% ../nbs/53_report.ipynb #c3232593
 def _pair_images(run: Run, a: int, b: int, n: int) -> list:
     "Up to n test images of a, those that were answered b first: (path, taken for b)."
     answers, targets = run_probs(run).argmax(1), run.predictions["test_targets"]
@@ -695,8 +695,9 @@ def plot_confusions(
 ):  # matplotlib Figure
     "Confused classes side by side; a red frame marks an image that was taken for the other class."
     run, load = _as_run(run), _loader(images)
-    fig, axes = _axes(None, figsize or (1.05 * (2 * n + .3), .4 + 1.45 * max(1, len(pairs))), nrows=max(1, len(pairs)), ncols=2 * n + 1,
+    fig, axes = _axes(None, figsize or (1.05 * (2 * n + .3), .3 + 1.3 * max(1, len(pairs))), nrows=max(1, len(pairs)), ncols=2 * n + 1,
                       squeeze=False, width_ratios=[1] * n + [.3] + [1] * n)
+    fig.get_layout_engine().set(hspace=.2, wspace=.02)
     for ax in axes.flat: ax.set(xticks=[], yticks=[], frame_on=False)
     for line, row in zip(axes, pairs.itertuples()):
         for here, there, start, count in ((row.a, row.b, 0, row.a_as_b), (row.b, row.a, n + 1, row.b_as_a)):
@@ -705,7 +706,8 @@ def plot_confusions(
                 try: ax.imshow(np.asarray(load(path)))
                 except (OSError, ValueError, KeyError, TypeError): _note(ax, "could not\nbe read")
                 if taken: ax.set_frame_on(True), ax.spines[:].set(color="#EE6677", lw=3)
-            line[start].set_title(f"{here}: {count} taken for {there}", fontsize=8, loc="left")
+            said = line[start].text(0, 1.05, f"{here}: {count} taken for {there}", fontsize=8, va="bottom", transform=line[start].transAxes)
+            said.set_in_layout(False)   # it may be wider than its image
         line[0].set_ylabel(f"alike in\n{row.alike}".replace(" and ", "\nand "), fontsize=7)
     fig.suptitle("Red frame: taken for the class beside it" if len(pairs) else "No class was taken for another", fontsize=10)
     return fig
@@ -771,7 +773,7 @@ def gain_per_doubling(
         rows.append((word, counts[-1, c], *gain))
     return pd.DataFrame(rows, columns=["class", "shots", "gain", "low", "high"])
 
-# %% ../nbs/53_report.ipynb #4b32d059
+# %% ../nbs/53_report.ipynb #88b68c28
 def plot_learning_curve(
     runs: list,           # as for `learning_curve`
     classes: int | list = 7,  # how many of the lowest recall, or which (in words)
@@ -787,9 +789,9 @@ def plot_learning_curve(
     first, *rest = axes.flat
     for g in (g for g in GROUPS if (table.group == g).any()):
         mean = 100 * table[table.group == g].groupby("train_fraction").recall.mean()
-        first.plot(100 * mean.index, mean, marker=MARKERS[g], ms=5, color=SHOT_COLORS[g], label=g, **_DOT)
-    first.legend(frameon=False, fontsize=7)
-    first.set(xlabel="training images used, %", ylabel="test images\nrecognised, %", ylim=(0, 102))
+        first.plot(100 * mean.index, mean, marker=MARKERS[g], ms=5, color=SHOT_COLORS[g], **_DOT)
+        first.text(104, mean.iloc[-1], g, va="center", fontsize=8)
+    first.set(xlabel="training images used, %", ylabel="test images\nrecognised, %", xlim=(0, 145), xticks=(0, 50, 100), ylim=(0, 102))
     _tidy(first, "all classes")
     for ax in rest[len(names):]: ax.set_visible(False)
     for ax, name in zip(rest, names): _class_curve(ax, table[table["class"] == name], gains.loc[name])
@@ -816,7 +818,7 @@ def points(
     n = round(100 * share)
     return f"{n:+d}".replace("-", "−") if n else "0"
 
-# %% ../nbs/53_report.ipynb #b5d243fc
+# %% ../nbs/53_report.ipynb #5e50ff46
 def _cures(word: str, shots: int, pairs: pd.DataFrame, gains, others: list) -> list:
     "(what to do, the numbers for it), strongest evidence first."
     found, total, most = [], f" of {pairs.attrs['total']} pairs", pairs[(pairs.a == word) | (pairs.b == word)].copy()
@@ -830,12 +832,9 @@ def _cures(word: str, shots: int, pairs: pd.DataFrame, gains, others: list) -> l
     for p in most[most.out >= 2].sort_values("out", ascending=False, kind="stable").head(1).itertuples():
         other, back = (p.b, p.b_as_a) if p.a == word else (p.a, p.a_as_b)
         swapped = f"{p.out} taken for {other}, {back} the other way"
-        if "looks" in p.alike and back: found.append(("merge, or look at the labels", f"{swapped}; in looks {_nth(p.looks_rank)}{total}"))
-        if "words" in p.alike: found.append(("other words", f"{swapped}; in words {_nth(p.words_rank)}{total}"))
+        if "looks" in p.alike and back: found.append(("merge, or look at the labels", f"{swapped}; rank {p.looks_rank}{total} in looks"))
+        if "words" in p.alike: found.append(("other words", f"{swapped}; rank {p.words_rank}{total} in words"))
     return found
-
-
-def _nth(n: int) -> str: return "the most alike" if n == 1 else f"number {n}"
 
 
 def _needed(recall: float, target: float) -> str:
@@ -844,10 +843,10 @@ def _needed(recall: float, target: float) -> str:
     n = int(np.ceil(Z**2 * recall * (1 - recall) / (target - recall)**2))
     return f"about {n} would tell" if 0 < n < 2000 else "too close to the target to tell"
 
-# %% ../nbs/53_report.ipynb #ec385ca5
+# %% ../nbs/53_report.ipynb #0c50f940
 def advice(
     run: Run | str | Path,       # with stored predictions
-    curve: list | None = None,   # runs for `learning_curve`
+    curve: list | None = None,   # runs for `learning_curve`, of the same configuration
     others: list | None = None,  # runs of other methods on the same test images
     target: float = 0.8,         # the recall that is needed
     looks=True,                  # as in confused_pairs
@@ -855,8 +854,10 @@ def advice(
     "What the numbers of a run support for each failing class, with those numbers; and where they support nothing."
     run, rows = _as_run(run), []
     words, targets = run.data["words"], run.predictions["test_targets"] if run.predictions else run_probs(run)
-    gains = None if curve is None else gain_per_doubling(curve).set_index("class")
-    tables = []
+    gains, tables = None, []
+    if curve is not None:
+        _curve_runs([run, *curve])   # a curve of another method says nothing about this one
+        gains = gain_per_doubling(curve).set_index("class")
     for other in map(_as_run, others or ()):
         before, after = _right([run, other]).astype(int)
         tables.append((other.config.get("method", other.path.name), {w: paired_gain((after - before)[targets == c]) for c, w in enumerate(words)}))

@@ -15,14 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save_file
+from scipy.stats import binomtest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from dmrs_nb import report  # noqa: E402
+from dmrs_nb.clip import encode_images  # noqa: E402
+from dmrs_nb.config import make_config  # noqa: E402
+from dmrs_nb.data import eval_batches, eval_transform  # noqa: E402
 from dmrs_nb.longtail import SHOT_COLORS  # noqa: E402
 from dmrs_nb.losses import ensemble  # noqa: E402
 from dmrs_nb.metrics import compute_metrics  # noqa: E402
+from dmrs_nb.training import fit, prepare  # noqa: E402
 
 WORDS = ["forest", "dense residential", "runway", "golf course", "harbor"]
 COUNTS = [120, 60, 50, 12, 8]
@@ -327,6 +333,165 @@ def test_the_module_works_without_a_display_and_without_notebook_tools():
     code = "import sys, dmrs_nb.report; bad = {'nbdev', 'fastcore', 'IPython', 'open_clip'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- where it fails, and what could help: made-up answers whose advice can be said by hand
+
+def answer(out, name, right, n_train=COUNTS, wrong=None, n=20, train_fraction=1.0, text=None, **config):
+    "A run that recognises the first `right[c]` of `n` test images of class c, and takes the others for `wrong[c]`."
+    targets = np.repeat(np.arange(len(WORDS)), n)
+    answers = np.where(np.tile(np.arange(n), len(WORDS)) < np.repeat(right, n), targets, np.repeat(wrong or [1, 0, 0, 0, 0], n))
+    logits = 5 * np.eye(len(WORDS), dtype=np.float32)[answers][None]
+    run = make_run(out, name, n=len(targets), data={"cls_num_list": list(n_train)}, train_fraction=train_fraction, **config)
+    np.savez(run / "predictions.npz", test_logits=logits, test_targets=targets, test_paths=np.array([f"{WORDS[t]}/{i:03d}.jpg" for i, t in enumerate(targets)]))
+    if text is not None:
+        (run / "adapter").mkdir()
+        save_file({"text_features": np.asarray(text, np.float32)}, run / "adapter" / "text_features.safetensors")
+    return run
+
+
+@given(st.integers(0, 40).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(max_examples=50, deadline=None)
+def test_wilson_is_scipys(kn):
+    k, n = kn
+    expected = binomtest(k, n).proportion_ci(method="wilson") if n else (0, 1)
+    np.testing.assert_allclose(report.wilson(k, n), tuple(expected), atol=1e-4)
+
+
+@given(st.integers(0, 15), st.integers(0, 15), st.integers(1, 30))
+@settings(max_examples=50, deadline=None)
+def test_a_paired_gain_is_agresti_and_mins(gained, lost, same):
+    change = [1] * gained + [-1] * lost + [0] * same
+    N, b, c = len(change) + 2, gained + .5, lost + .5
+    middle, half = (b - c) / N, 1.96 * np.sqrt(b + c - (b - c)**2 / N) / N
+    np.testing.assert_allclose(report.paired_gain(change), ((gained - lost) / len(change), max(-1, middle - half), min(1, middle + half)), atol=1e-9)
+    np.testing.assert_allclose(report.paired_gain(np.array(change) / 3, 1 / 3), np.array(report.paired_gain(change)) / 3, atol=1e-9)
+
+
+def test_failing_classes_say_what_they_do_not_know(tmp_path):
+    run = answer(tmp_path, "r", [20, 14, 2, 17, 5], wrong=[1, 0, 0, 4, 3])
+    table = report.failing_classes(run, target=.8).set_index("class")
+    assert list(table.index) == ["runway", "harbor", "dense residential"]  # 17 of 20 is enough; the lowest first
+    assert dict(table.verdict) == {"runway": "fails", "harbor": "fails", "dense residential": "unsure"}
+    assert table.taken_for["harbor"] == "golf course 15" and table.shots["harbor"] == COUNTS[4] and table.n_test["harbor"] == 20
+    assert list(report.failing_classes(run, target=.5)["class"]) == ["runway", "harbor"]
+    assert report.failing_classes(answer(tmp_path, "all", [20] * 5), target=1).empty
+    with pytest.raises(ValueError, match="target is 80, expected a recall"): report.failing_classes(run, target=80)
+
+
+def test_a_class_without_test_images_is_unsure(tmp_path):
+    path = make_run(tmp_path, "r", n=4, strength=50)
+    row = report.failing_classes(path).iloc[-1]
+    assert (row["class"], row.n_test, row.low, row.high, row.verdict) == ("harbor", 0, 0, 1, "unsure") and np.isnan(row.recall)
+    assert report.advice(path, looks=False).set_index("class").because["harbor"] == "0 do not decide: no test image of this class"
+
+
+def test_pairs_count_every_mistake_once_and_know_what_is_alike(tmp_path):
+    text, looks = np.eye(5), np.eye(5)
+    text[1, 0] = looks[4, 3] = 1      # forest and dense residential sound alike, golf course and harbor look alike
+    run = answer(tmp_path, "r", [15, 12, 18, 16, 13], wrong=[1, 0, 0, 4, 3], text=text)
+    table = report.confused_pairs(run, looks=looks).set_index(["a", "b"])
+    assert dict(table.alike) == {("forest", "dense residential"): "words", ("golf course", "harbor"): "looks", ("forest", "runway"): "neither"}
+    assert list(table.loc["forest", "dense residential"][["a_as_b", "b_as_a", "share", "words_rank"]]) == [5, 8, 13 / 40, 1]
+    assert (table.a_as_b + table.b_as_a).sum() == 100 - 74
+    assert len(report.confused_pairs(run, top=1, looks=False)) == 1 and report.confused_pairs(run, looks=False).looks.isna().all()
+    (run / "adapter" / "text_features.safetensors").unlink()
+    assert set(report.confused_pairs(run, looks=False).alike) == {"not known"}
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    "Four doublings: harbor gains with each, runway never; forest has as many images in all."
+    out = tmp_path_factory.mktemp("curve")
+    return [answer(out, f"f{f}", [19, 14, 4, 18, k], [120, 60 * f, 48 * f, 16 * f, 8 * f], train_fraction=f, steps=int(300 * f))
+            for f, k in ((.25, 1), (.5, 5), (1.0, 9))]
+
+
+def test_gains_are_slopes_over_doublings(curve):
+    gains = report.gain_per_doubling(curve).set_index("class")
+    np.testing.assert_allclose(gains.gain[["harbor", "runway"]], [.2, 0], atol=1e-12)   # 1 → 5 → 9 of 20
+    assert gains.low["harbor"] > 0 > gains.low["runway"] and gains.high["runway"] > 0   # 20 images that stay the same are no certainty
+    assert gains.loc["forest"][["gain", "low", "high"]].isna().all()
+    table = report.learning_curve(curve[::-1])
+    assert list(table[table["class"] == "harbor"].recall) == [.05, .25, .45] and list(table[table["class"] == "harbor"].n_train) == [2, 4, 8]
+
+
+def test_seeds_of_a_curve_are_averaged(curve, tmp_path):
+    more = answer(tmp_path, "s1", [19, 14, 4, 18, 3], [120, 15, 12, 4, 2], train_fraction=.25, seed=1)
+    table = report.learning_curve([*curve, more])
+    assert list(table[table["class"] == "harbor"].recall) == [.1, .25, .45]
+
+
+@pytest.mark.parametrize("change, said", [(dict(lr=.1), "also differ in lr"), (dict(method="dmrs"), "also differ in method"), (dict(n=19), "different test images")])
+def test_a_curve_is_of_one_configuration(curve, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said): report.learning_curve([*curve, answer(tmp_path, "odd", [5] * 5, train_fraction=.75, **change)])
+    with pytest.raises(ValueError, match="found train_fraction=1 only"): report.learning_curve(curve[-1:])
+    with pytest.raises(ValueError, match="found no run"): report.learning_curve([])
+
+
+def test_advice_names_what_the_numbers_support(curve, tmp_path):
+    text, looks = np.eye(5), np.eye(5)
+    text[2, 0] = looks[1, 0] = 1      # runway sounds like forest, dense residential looks like it
+    other = answer(tmp_path, "other", [19, 14, 19, 18, 8], n_train=[120, 60, 48, 16, 8], method="logit-adjusted")
+    run = answer(tmp_path, "run", [15, 8, 4, 18, 9], [120, 60, 48, 16, 8], text=text, steps=7)
+    told = report.advice(run, curve, [other], looks=looks)
+    assert {c: list(own) for c, own in told.groupby("class").advice} == {
+        "runway": ["another method: logit-adjusted", "other words"], "dense residential": ["another method: logit-adjusted", "merge, or look at the labels"],
+        "harbor": ["more images"], "forest": ["more test images"]}
+    why = told.groupby("class").because.agg(list)
+    assert why["runway"][0].startswith("+75 points on the same images") and "16 taken for forest, 0 the other way; rank 1 of 10 pairs in words" == why["runway"][1]
+    assert "12 taken for forest, 5 the other way" in why["dense residential"][1] and why["harbor"][0].startswith("+20 points for each doubling")
+    assert why["forest"] == ["20 do not decide: about 289 would tell"]
+    assert list(told.recall) == sorted(told.recall)
+
+
+def test_advice_without_evidence_says_so(curve, tmp_path):
+    run = answer(tmp_path, "run", [19, 19, 4, 18, 18], [120, 60, 48, 16, 8])
+    alone, after = (report.advice(run, c, looks=False).iloc[0] for c in (None, curve))
+    assert alone.advice == after.advice == "nothing yet" and "train_fraction=0.5" in alone.because and "does not rise for sure" in after.because
+    worse = answer(tmp_path, "worse", [19, 19, 3, 18, 18])
+    assert list(report.advice(run, others=[worse], looks=False).advice) == ["nothing yet"]
+    assert report.advice(answer(tmp_path, "good", [20] * 5), looks=False).empty
+    with pytest.raises(ValueError, match="also differ in lr"): report.advice(answer(tmp_path, "lr", [4] * 5, lr=.1), curve, looks=False)
+    with pytest.raises(ValueError, match="different test images"): report.advice(run, others=[answer(tmp_path, "n", [4] * 5, n=9)], looks=False)
+
+
+def test_confusions_are_framed_and_a_lost_image_is_named(tmp_path):
+    run = answer(tmp_path, "r", [18, 20, 20, 20, 15], wrong=[1, 0, 0, 0, 3])
+    pairs = report.confused_pairs(run, looks=False)
+    def load(path):
+        if path.startswith("golf"): raise FileNotFoundError(path)
+        return np.zeros((4, 4, 3), np.uint8)
+    fig = report.plot_confusions(run, load, pairs, n=3)
+    framed = [ax for ax in fig.axes if ax.get_frame_on() and ax.images]
+    assert len(framed) == 3 + 2 and sum("could not" in t for t in texts(fig)) == 3   # harbor as golf course 5 times, 3 shown; forest twice
+    assert {"harbor: 5 taken for golf course", "golf course: 0 taken for harbor"} <= set(texts(fig))
+    assert "No class was taken" in report.plot_confusions(run, load, pairs[:0])._suptitle.get_text()
+
+
+def test_a_panel_for_each_class_that_is_asked_for(curve):
+    fig = report.plot_learning_curve(curve, classes=["harbor", "forest"])
+    fig.canvas.draw()
+    titles = [ax._left_title.get_text() for ax in fig.axes if ax.get_visible()]
+    assert titles[0] == "all classes" and titles[1].startswith("harbor\n+20 a doubling") and titles[2] == "forest\nalways as many images"
+    lowest = [ax._left_title.get_text().split("\n")[0] for ax in report.plot_learning_curve(curve, classes=2).axes[1:3]]
+    assert lowest == ["runway", "harbor"]
+
+
+def test_looks_are_means_of_the_frozen_backbone(tmp_path):
+    rng, root = np.random.default_rng(0), tmp_path / "images"
+    for c, name in enumerate(("beach", "forest", "river")):
+        (root / name).mkdir(parents=True)
+        for i in range(8): Image.fromarray(rng.integers(80 * c, 80 * c + 90, (32, 32, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    config = make_config("linear-probe", data_root=str(root), steps=2, batch_size=4, out_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"))
+    run, task = fit(config, progress=False), prepare(config, progress=False)
+    looks = report.class_looks(run, cache_dir=tmp_path / "cache")
+    river = [i for i in task.split.train if task.items.targets[i] == 2]
+    mean = encode_images(task.clip, eval_batches(task.cache, river, 8, eval_transform(task.clip.preprocess))).mean(0).numpy()
+    np.testing.assert_allclose(looks[2], mean / np.linalg.norm(mean), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(looks, axis=1), 1, atol=1e-5)
+    (root / "river" / "7.png").unlink()
+    with pytest.raises(ValueError, match="other images than when"): report.class_looks(run, cache_dir=tmp_path / "cache")
 
 
 # ---- the results notebook, cell by cell in one namespace: as papermill runs it, without a kernel
