@@ -629,7 +629,7 @@ def _record(learner, run, row, state, done, callback):
         if row and learner.config.tensorboard: learner.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
     if row and callback: callback(row)
 
-# %% ../nbs/51_training.ipynb #4c0d7715
+# %% ../nbs/51_training.ipynb #3ec85d60
 def _learner(config, task, accelerator) -> Learner:
     "Put model, loss, mixing and optimiser of a config together."
     task.clip.model.to(accelerator.device)
@@ -643,6 +643,8 @@ def _learner(config, task, accelerator) -> Learner:
 
 def _check_parts(config, task):
     "A run needs images to be judged on, and to choose on when it chooses."
+    if not len(task.split.test) and config.test_size and task.items.split is None:
+        raise ValueError(f"{task.items.root}: every class has a single image, which is for training; expected at least two in one class, to judge the run on")
     if not len(task.split.test):
         raise ValueError(f"test part: found no image, expected at least one to judge the run on; give test_size above 0 (found {config.test_size:g}), or a test/ folder")
     if config.select == "best-val" and not len(task.split.val):
