@@ -530,16 +530,16 @@ def _write_images(temp, items, preprocess, pool, progress):
             bar.update(len(chunk))
     (temp/"meta.json").write_text(json.dumps(dict(bad=bad, preprocess=asdict(preprocess))))
 
-# %% ../nbs/02_data.ipynb #d4aab996
+# %% ../nbs/02_data.ipynb #2f7273b6
 def _open_cache(folder, items, preprocess):
     "The finished cache in `folder`, or None when it is not there or damaged."
+    keep, shape = np.ones(len(items), dtype=bool), (len(items), preprocess.image_size, preprocess.image_size, 3)
     try:
         bad = [(int(i), reason) for i, reason in json.loads((folder/"meta.json").read_text())["bad"]]
         images = np.load(folder/"images.npy", mmap_mode="r")
+        keep[[i for i, _ in bad]] = False
     except (OSError, ValueError, LookupError, TypeError, EOFError): return None
-    if images.shape != (len(items), preprocess.image_size, preprocess.image_size, 3): return None
-    keep = np.ones(len(items), dtype=bool)
-    keep[[i for i, _ in bad]] = False
+    if images.shape != shape: return None
     return ImageCache(folder, preprocess, keep, [(items.paths[i], reason) for i, reason in bad], images)
 
 
@@ -752,7 +752,7 @@ def words(
     letters = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in spaced.lower())  # M: marks, as in हिन्दी
     return " ".join(w for token in letters.split() for w in _segment(token))
 
-# %% ../nbs/02_data.ipynb #839d9574
+# %% ../nbs/02_data.ipynb #db6fd500
 def _read_overrides(overrides):
     if overrides is None: return {}
     if isinstance(overrides, dict): path, read = "class words", overrides
@@ -780,8 +780,8 @@ def class_words(
         if key not in known: raise ValueError(f"override {key!r} names no class{nearest(key, known)}")
     for classname, name in zip(classnames, known):
         text = words(name, overrides)
-        if not text: raise ValueError(f"class {classname!r} gives no words; name it in an override file")
+        if not text: raise ValueError(f"class {classname!r} gives no words; give some in a file, class_words=words.yaml, with the line `{classname}: words`")
         if (same := text.lower()) in seen:  # tokenizers do not see capitals
-            raise ValueError(f"classes {seen[same][0]!r} and {classname!r} both give the words {text!r}; tell them apart in an override file")
+            raise ValueError(f"classes {seen[same][0]!r} and {classname!r} both give the words {text!r}; tell them apart in a file, class_words=words.yaml, with the line `{classname}: other words`")
         seen[same] = classname, text
     return [text for _, text in seen.values()]

@@ -6,7 +6,10 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+import unicodedata
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +82,73 @@ def test_nested_foreign_and_hidden_files(tmp_path):
     root = folder(tmp_path/"r", ["a/deep/x.PNG", "a/y.png", "b/z.png", "b/.z.png", "__MACOSX/q.png", ".git/q.png"])
     (root/"b"/"Thumbs.db").touch(); (root/"notes.txt").touch()
     assert scan(root).paths == ["a/deep/x.PNG", "a/y.png", "b/z.png"]
+
+
+def test_a_class_without_images_says_what_it_holds(tmp_path):
+    root = folder(tmp_path/"r", ["a/1.png", "b/1.png"])
+    (root/"c").mkdir(); (root/"c"/"1.heic").touch(); (root/"c"/"README").touch()
+    says(["r/c: class 'c' holds no images (found 2 of other kinds: .heic, README)"], scan, root)
+
+
+def test_folders_too_deep_or_named_like_a_split_are_explained(tmp_path):
+    folder(tmp_path/"r", ["x/y/a/1.png", "x/y/b/1.png"]); folder(tmp_path/"t", ["train/1.png", "river/1.png"])
+    says(["one class only, 'x'", f"{tmp_path/'r'/'x'/'y'} holds 2 folders: pass that"], scan, tmp_path/"r")
+    says(["1 loose images", "train names a split, not a class"], scan, tmp_path/"t")
+
+
+def test_links_that_lead_back_dead_ones_and_folders_named_like_images(tmp_path):
+    root = folder(tmp_path/"r", ["a/1.png", "b/1.png", "b/d.png/1.png", "c/deep/1.png"])
+    for name, target in {"a/loop": ".", "a/up": "..", "a/out": "../..", "b/again": "../c/deep", "c/twice": "deep",
+                         "c/gone.png": "nowhere.png", "c/self.png": "self.png", "self": "self"}.items(): os.symlink(target, root/name)
+    items = scan(root)
+    assert items.paths == ["a/1.png", "b/1.png", "b/again/1.png", "b/d.png/1.png", "c/deep/1.png", "c/gone.png", "c/self.png"]
+    bad = decode(items, Preprocess(16), tmp_path/"cache", bad_images="skip", progress=False).bad
+    assert [p for p, _ in bad] == ["c/gone.png", "c/self.png"] and len(items.fingerprint) == 64, "a run that skips them can be described"
+    os.symlink(".", root/"loop")
+    says("class 'loop' holds no images", scan, root)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_a_pipe_and_a_device_are_no_images_and_nobody_waits_for_them(small, tmp_path):
+    os.mkfifo(small.root/"river"/"pipe.png"); os.symlink("/dev/zero", small.root/"river"/"zero.png")
+    says(["river/pipe.png: not a regular file", "river/zero.png: not a regular file"],
+         decode, scan(small.root), Preprocess(16), tmp_path, progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_a_name_that_is_no_text(small):
+    os.rename(small.root/"river"/"a.png", os.fsencode(small.root/"river") + b"/\xff.png")
+    says([r"'river/\udcff.png' is not UTF-8", "rename it"], scan, small.root)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "a\0b", "x"*300, "x/"*3000])
+def test_a_data_root_that_no_system_knows(name): says(["data_root", "no such folder"], scan, name)
+
+
+@contextmanager
+def nobody():
+    "Permissions bind everybody but root."
+    if os.geteuid(): yield; return
+    os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_what_may_not_be_read(tmp_path, small):
+    for part in tmp_path.parents[:2]: part.chmod(0o755)
+    tmp_path.chmod(0o755)
+    for p in small.paths: os.utime(small.root/p, (1, 1))
+    cache, file, place = tmp_path/"cache", small.root/"river"/"a.png", small.root/"river"
+    cache.mkdir(); cache.chmod(0o777)
+    with nobody(): os.makedirs(cache/"images", exist_ok=True)
+    file.chmod(0)
+    with nobody(): says(["1 of 5 images", "river/a.png: Permission denied"], decode, scan(small.root), Preprocess(16), cache, progress=False)
+    file.chmod(0o644)
+    with nobody(): assert decode(scan(small.root), Preprocess(16), cache, progress=False).keep.all(), "what is mended is read again"
+    place.chmod(0)
+    with nobody(): says([f"{place}: cannot be listed (Permission denied)", "make it readable"], scan, small.root)
+    place.chmod(0o755)
 
 
 def test_fingerprint_follows_what_it_names(small):
@@ -226,7 +296,47 @@ def test_kinds_of_image(tmp_path):
     assert np.asarray(to_rgb(clear)).max() == 0
     opaque = Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)]))
     assert np.array_equal(np.asarray(to_rgb(opaque)), rgb)
-    for mode in ("1", "P", "CMYK", "LA", "YCbCr", "HSV", "I", "F"): assert to_rgb(picture(mode=mode)).mode == "RGB"
+    for mode in ("1", "P", "CMYK", "LA", "YCbCr", "HSV", "LAB", "I", "F"): assert to_rgb(picture(mode=mode)).mode == "RGB"
+
+
+def kept(tmp_path, image, name, **options):
+    image.save(tmp_path/name, **options)
+    with Image.open(tmp_path/name) as read: return np.asarray(to_rgb(read))
+
+
+def test_what_a_file_says_about_its_pixels_is_believed(tmp_path):
+    halves = Image.fromarray(np.repeat(np.array([[10], [200]], np.uint8), 8, 1).repeat(4, 0))  # dark above, light below
+    upright = Image.Exif(); upright[0x0112] = 3
+    for name in ("t.jpg", "t.png", "t.webp", "t.tif"):  # turned by half, and saying so
+        rows = kept(tmp_path, halves.convert("RGB").rotate(180), name, exif=upright).mean((1, 2))
+        assert rows[0] < 30 and rows[-1] > 180, name
+    two = Image.new("P", (4, 4), 1); two.putpalette([250, 250, 250, 90, 80, 70]); two.putpixel((0, 0), 0)
+    for name in ("p.png", "p.gif"):  # colour 0 is transparent
+        seen = kept(tmp_path, two, name, transparency=0)
+        assert seen[0, 0].tolist() == [0, 0, 0] and seen[1, 1].tolist() == [90, 80, 70], name
+    assert kept(tmp_path, halves.convert("RGB"), "key.png", transparency=(200, 200, 200)).max() == 10
+    assert kept(tmp_path, halves, "one.tif", save_all=True, append_images=[Image.new("L", (9, 9), 99)]).shape == (8, 8, 3)  # the first of two
+    for value in (np.nan, np.inf, -np.inf, -3.4e38):  # no data in a third of a height map: black, and the rest keeps its contrast
+        heights = np.linspace(5, 6, 900, dtype=np.float32).reshape(30, 30); heights[:10] = value
+        seen = kept(tmp_path, Image.fromarray(heights), "h.tif")[..., 0]
+        assert seen[:10].max() == 0 and seen.max() == 255 and 100 < seen[10:].mean() < 155, value
+    assert kept(tmp_path, Image.fromarray(np.full((4, 4), np.nan, np.float32)), "n.tif").max() == 0
+    (tmp_path/"exif.jpg").write_bytes((tmp_path/"t.jpg").read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0??"))
+    with Image.open(tmp_path/"exif.jpg") as damaged: assert to_rgb(damaged).size == (8, 8)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(["jpg", "png", "tif", "gif", "bmp", "webp", "jp2", "avif", "qoi", "tga", "pcx", "ppm"]), st.binary(min_size=1, max_size=6),
+       st.floats(0, 1), st.booleans())
+def test_damaged_files_give_an_image_or_a_reason(tmp_path_factory, kind, junk, where, cut):
+    path = tmp_path_factory.getbasetemp()/f"damaged.{kind}"
+    try: picture().save(path)
+    except (KeyError, OSError): return  # a Pillow without this format
+    whole = path.read_bytes()
+    at = int(where*len(whole))
+    path.write_bytes(whole[:at] if cut else whole[:at] + junk + whole[at + len(junk):])
+    image, reason = data._read_one(path, Preprocess(16))
+    assert (image is None and reason) or (image.shape == (16, 16, 3) and reason is None)
 
 
 # ---- the cache
@@ -258,8 +368,18 @@ def test_a_damaged_cache_is_rebuilt(small, tmp_path):
     del first
     (path/"images.npy").write_bytes((path/"images.npy").read_bytes()[:-100])
     assert np.array_equal(decode(small, Preprocess(16), tmp_path, progress=False).images, want)
-    (path/"meta.json").write_text("{")
-    assert np.array_equal(decode(small, Preprocess(16), tmp_path, progress=False).images, want)
+    for name, text in (("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"bad": [[9, "x"]]}'), ("images.npy", "")):  # "": a power cut
+        (path/name).write_text(text)
+        assert np.array_equal(decode(small, Preprocess(16), tmp_path, progress=False).images, want), (name, text)
+
+
+def test_a_damaged_note_of_known_content_is_not_believed(small, tmp_path):
+    for p in small.paths: os.utime(small.root/p, (1, 1))
+    first = decode(small, Preprocess(16), tmp_path, progress=False)
+    [note] = (tmp_path/"images"/"seen").iterdir()
+    for content in (b"", b"\xff", note.read_bytes()[:5]):
+        note.write_bytes(content)
+        assert decode(small, Preprocess(16), tmp_path, progress=False).path == first.path
 
 
 def test_bad_files(small, tmp_path):
@@ -278,6 +398,10 @@ def test_bad_files(small, tmp_path):
     everything, transform = np.arange(len(items)), train_transform("none", Preprocess(16))
     says(["could not be read", "cache.keep"], Batches, cache, items.targets, everything, 2, transform)
     says("did you mean 'skip'", decode, items, Preprocess(16), tmp_path, bad_images="skp")
+    for k in range(30): (river/f"no{k:02}.png").touch()
+    with pytest.raises(ValueError) as e: decode(scan(small.root), Preprocess(16), tmp_path, progress=False)
+    *every, last = str(e.value).splitlines()
+    assert sum("not an image" in line for line in every) == 32 and "33 of 39 images cannot be read, first river/cut.jpg" in last
 
 
 def test_a_file_that_vanished_and_a_bomb(small, tmp_path, monkeypatch):
@@ -285,6 +409,7 @@ def test_a_file_that_vanished_and_a_bomb(small, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     cache = decode(small, Preprocess(16), tmp_path, bad_images="skip", progress=False)
     assert dict(cache.bad)["river/a.png"] == "No such file or directory" and "decompression bomb" in dict(cache.bad)["river/b.png"]
+    assert "Cut it into tiles" in dict(cache.bad)["river/b.png"]
 
 
 def test_cache_folder_that_cannot_be_written(small, tmp_path):
@@ -301,30 +426,66 @@ def test_a_finished_read_only_cache_is_used(small, tmp_path, monkeypatch):
     says(["Permission denied", "make it writable"], decode, small, Preprocess(17), tmp_path, progress=False)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a Linux device")
-def test_full_disk_leaves_nothing_behind(small, tmp_path, monkeypatch):
-    def full(temp, *args): (temp/"images.npy").write_bytes(b"half"); open("/dev/full", "wb", buffering=0).write(b"x")
+def left_behind(cache): return [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"] if cache.exists() else []
+
+
+@contextmanager
+def files_up_to(size):
+    "A disk that is full after `size` bytes of a file."
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])  # nothing, the header only, a part of the images
+def test_full_disk_leaves_nothing_behind(small, tmp_path, size):
+    for p in small.paths: os.utime(small.root/p, (1, 1))
+    with files_up_to(size):
+        says(["cannot write 5 decoded images (File too large)", "make room"], decode, small, Preprocess(32), tmp_path/"cache", progress=False)
+        says(["cannot write UC Merced", "make room"], unpack_asset, "ucmerced", tmp_path/"cache")
+    assert not [p for p in left_behind(tmp_path/"cache") if p.parent.name != "seen" or p.name.startswith(".")]
+    assert decode(small, Preprocess(32), tmp_path/"cache", progress=False).keep.all()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_by_its_own_name(small, tmp_path, monkeypatch, number):
+    def full(temp, *args): (temp/"images.npy").write_bytes(b"half"); raise OSError(number, os.strerror(number))
     monkeypatch.setattr(data, "_write_images", full)
-    says(["No space left on device", "make room"], decode, small, Preprocess(16), tmp_path, progress=False)
-    assert not [p for p in (tmp_path/"images").glob("**/*") if p.suffix != ".lock" and p.name != "seen" and p.parent.name != "seen"]
+    says([os.strerror(number), "make room"], decode, small, Preprocess(16), tmp_path/"cache", progress=False)
+    assert not [p for p in left_behind(tmp_path/"cache") if p.parent.name != "seen"]
 
 
 CHILD = """
-import sys, torch; torch.set_num_threads(1)
+import sys, time, torch; torch.set_num_threads(1)
+import dmrs_nb.data as data
 from dmrs_nb.data import *
+if sys.argv[2:]:  # slow enough to be killed in the middle
+    read = data._read_one
+    data._read_one = lambda *args: time.sleep(.02) or read(*args)
 items = load_items(cache_dir=sys.argv[1])
-few = Items(items.root, items.paths[:300], items.targets[:300], items.classnames)
-cache = decode(few, Preprocess(32), cache_dir=sys.argv[1], progress=False)
+few = Items(items.root, items.paths[:600], items.targets[:600], items.classnames)
+cache = decode(few, Preprocess(32), cache_dir=sys.argv[1], progress=False, workers=1)
 print(cache.path, len(items), int(cache.images.sum(dtype="int64")))
 """
 
 
-def test_processes_that_start_at_once_agree(tmp_path):
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=120) for p in started]
-    assert all(p.returncode == 0 for p in started), said
-    assert len({out for out, _ in said}) == 1
+def test_processes_that_start_at_once_agree_and_one_that_is_killed_spoils_nothing(tmp_path):
+    def start(*slow): return subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def half_written(): return [p for p in tmp_path.glob("images/.*/images.npy") if p.stat().st_size]
+    victim, deadline = start("slow"), time.time() + 100
+    while not half_written() and victim.poll() is None and time.time() < deadline: time.sleep(.01)
+    others = [start(), start()]  # they come to the lock while it is held
+    time.sleep(.5)
+    assert victim.poll() is None and half_written(), "the victim was done before it was killed"
+    victim.kill(); victim.communicate()
+    said = [p.communicate(timeout=120) for p in others]
+    assert all(p.returncode == 0 for p in others), said
+    [(out, _), again] = said
+    items = load_items(cache_dir=tmp_path)
+    want = sum(int(Preprocess(32).fit(Image.open(items.root/p)).sum(dtype="int64")) for p in items.paths[:600])
+    assert out == again[0] and int(out.split()[-1]) == want
     assert not [p for sub in ("data", "images") for p in (tmp_path/sub).iterdir() if p.name.startswith(".")]
 
 
@@ -421,6 +582,8 @@ def test_words_survive_any_spelling():
         assert {words(n) for n in (name, name.replace("_", ""), name.replace("_", "-"), want, camel, name.upper())} == {want}, name
     assert len(class_words(RESISC45)) == 45
     assert words("мост") == "мост" and words("Forêt dense") == "forêt dense" and words("harbor2") == "harbor 2"
+    assert words(unicodedata.normalize("NFD", "Forêt")) == "forêt" and words("नदी_किनारा") == "नदी किनारा"  # as macOS writes it; marks are letters
+    assert class_words([unicodedata.normalize("NFD", "Forêt"), "b"], {"Forêt": "wood"}) == ["wood", "b"]
 
 
 @pytest.mark.parametrize("info", DATASETS.values(), ids=list(DATASETS))
@@ -434,6 +597,14 @@ def test_override_files(tmp_path):
     assert class_words(["aGrass", "bField"], str(tmp_path/"w.json")) == ["grassland", "b field"]
     says("cannot read the override file", class_words, ["aGrass"], tmp_path/"none.yaml")
     says("not JSON or YAML", class_words, ["aGrass"], tmp_path/"broken.yaml")
-    says("one `folder name: words` pair a line", class_words, ["aGrass"], tmp_path/"list.yaml")
+    for name in ("list.yaml", "number.yaml", "empty.yaml"):
+        (tmp_path/name).write_text(dict(number="aGrass: 3", empty="").get(name[:-5], "- aGrass"))
+        says([name, "one `folder name: words` pair a line"], class_words, ["aGrass"], tmp_path/name)
+    says("one `folder name: words` pair a line", class_words, ["aGrass"], {"aGrass": 3})
+    for name, text in {"deep.json": "["*9999, "date.yaml": "aGrass: 2001-99-99", "latin.yaml": "aGrass: Gr\xe4ser"}.items():
+        (tmp_path/name).write_text(text, encoding="latin-1")
+        says([name, "not JSON or YAML"], class_words, ["aGrass"], tmp_path/name)
+    says(["'river' and 'River'", "'river'"], class_words, ["River", "river"][::-1])
+    says(["'a' and 'b'", "'forest'"], class_words, ["a", "b"], {"a": "Forest", "b": "forest"})  # one prompt to a tokenizer
     says("gives no words", class_words, ["___", "river"])
     says(["'Sea_Lake' and 'SeaLake'", "sea lake"], class_words, ["Sea_Lake", "SeaLake"])
