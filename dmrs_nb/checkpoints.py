@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'STATISTICS', 'Checkpoint', 'checkpoint_table', 'read_state_dict', 'from_transformers', 'architecture',
-           'misfits', 'matching_backbones', 'beside', 'weights_in', 'Recognised', 'known', 'known_tag', 'recognise',
+           'misfits', 'matching_backbones', 'beside', 'Recognised', 'known', 'known_tag', 'recognise', 'weights_in',
            'advice', 'check_shapes', 'check_activation', 'load_state']
 
 # %% ../nbs/05_checkpoints.ipynb #a717ea3c
@@ -70,12 +70,40 @@ _GENERAL = [
                  source=f"{_HUB}laion/CLIP-ViT-{size[0].upper()}-{size[1:]}-DataComp.XL-s13B-b90K",
                  files=(f"*CLIP-ViT-{size[0].upper()}-{size[1:]}-DataComp.XL-s13B-b90K",), **_DATACOMP) for size in ("b32", "b16", "l14"))]
 
-# %% ../nbs/05_checkpoints.ipynb #e149a079
+# %% ../nbs/05_checkpoints.ipynb #e3b7cd2f
+_OPENAI = dict(tag="openai", quick_gelu=True, licence="MIT (code; the model card calls deployment out of scope)",
+               source="https://github.com/openai/CLIP", paper="Radford et al., ICML 2021",
+               note="build_model in clip/model.py; the archive carries marks, so any file name will do")
+_LAION = dict(licence="MIT", paper="Cherti et al., CVPR 2023", note="open_clip/pretrained.py")
+_DATACOMP = dict(tag="datacomp_xl_s13b_b90k", licence="MIT", paper="Gadre et al., NeurIPS 2023", note="open_clip/pretrained.py")
+_HUB = "https://huggingface.co/"
+_hub = lambda repo: (repo, f"models--openai--{repo}", "vit_*_patch*_clip_*.openai")  # folders: transformers' layout, and timm's
+
+
+_GENERAL = [
+    Checkpoint("openai-b32", "OpenAI ViT-B/32", "ViT-B-32-quickgelu", files=_hub("clip-vit-base-patch32"), **_OPENAI),
+    Checkpoint("openai-b16", "OpenAI ViT-B/16", "ViT-B-16-quickgelu", files=_hub("clip-vit-base-patch16"), **_OPENAI),
+    Checkpoint("openai-l14", "OpenAI ViT-L/14", "ViT-L-14-quickgelu", files=_hub("clip-vit-large-patch14"), **_OPENAI),
+    Checkpoint("openai-l14-336", "OpenAI ViT-L/14 336 px", "ViT-L-14-336-quickgelu", image_size=336,
+               files=_hub("clip-vit-large-patch14-336"), **_OPENAI),
+    *(Checkpoint(f"laion2b-{size}", f"LAION-2B ViT-{size[0].upper()}/{size[1:]}", f"ViT-{size[0].upper()}-{size[1:]}",
+                 source=f"{_HUB}laion/{repo}", tag=tag, files=(f"*{repo}",), **stats, **_LAION)
+      for size, tag, repo, stats in (
+        ("b32", "laion2b_s34b_b79k", "CLIP-ViT-B-32-laion2B-s34B-b79K", {}),
+        ("b16", "laion2b_s34b_b88k", "CLIP-ViT-B-16-laion2B-s34B-b88K", {}),
+        ("l14", "laion2b_s32b_b82k", "CLIP-ViT-L-14-laion2B-s32B-b82K", dict(mean=(.5, .5, .5), std=(.5, .5, .5))),
+        ("h14", "laion2b_s32b_b79k", "CLIP-ViT-H-14-laion2B-s32B-b79K", {}))),
+    *(Checkpoint(f"datacomp-{size}", f"DataComp-1B ViT-{size[0].upper()}/{size[1:]}", f"ViT-{size[0].upper()}-{size[1:]}",
+                 source=f"{_HUB}laion/CLIP-ViT-{size[0].upper()}-{size[1:]}-DataComp.XL-s13B-b90K",
+                 files=(f"*CLIP-ViT-{size[0].upper()}-{size[1:]}-DataComp.XL-s13B-b90K",), **_DATACOMP) for size in ("b32", "b16", "l14"))]
+
+# %% ../nbs/05_checkpoints.ipynb #3cea4373
 _REMOTECLIP = dict(source=_HUB + "chendelong/RemoteCLIP", paper="Liu et al., IEEE TGRS 2024", quick_gelu=True,
                    licence="the repository has one since 2024 (issue 23); its text could not be verified",
                    note="remoteclip_retrieval.py fills OpenAI's model (QuickGELU); the README's short example fills a GELU model")
 _GEORSCLIP = dict(source=_HUB + "Zilun/GeoRSCLIP", paper="Zhang et al., IEEE TGRS 2024",
-                  licence="Creative Commons (model card: cc, earlier cc-by-4.0); code MIT", note="inference/inference.py and inference_tool.py")
+                  licence="Creative Commons (model card: cc, earlier cc-by-4.0); code MIT",
+                  note="inference/inference.py and inference_tool.py")
 _SKYCLIP = dict(source="https://github.com/wangzhecheng/SkyScript", paper="Wang et al., AAAI 2024",
                 licence="MIT (repository; the weights are not named apart)")
 _SKY_L14 = dict(quick_gelu=True, note="begun from OpenAI's weights; the authors' notebooks pass --force-quick-gelu for ViT-L-14")
@@ -91,21 +119,24 @@ _REMOTE_SENSING = [
     Checkpoint("skyclip-l14", "SkyCLIP ViT-L/14", "ViT-L-14-quickgelu", files=("SkyCLIP_ViT_L14*",), **_SKYCLIP, **_SKY_L14),
     Checkpoint("laion-rs-l14", "CLIP-LAION-RS ViT-L/14", "ViT-L-14-quickgelu", files=("CLIP_ViT_L14_LAION_RS*",), **_SKYCLIP, **_SKY_L14)]
 
-_TINY = Checkpoint("tiny-aid-96", "Tiny CLIP of this kit", "tiny-aid-96", "in the package", "research use (derived from AID)", "MODEL_CARD.md",
-                   quick_gelu=True, image_size=96, files=("tiny-aid-96.safetensors",), note="trained from nothing, tutorials/01")
+_TINY = Checkpoint("tiny-aid-96", "Tiny CLIP of this kit", "tiny-aid-96", "in the package", "research use (derived from AID)",
+                   "MODEL_CARD.md", quick_gelu=True, image_size=96, files=("tiny-aid-96.safetensors",),
+                   note="trained from nothing, tutorials/01")
 CHECKPOINTS: dict[str, Checkpoint] = {c.name: c for c in (_TINY, *_GENERAL, *_REMOTE_SENSING)}
 
-# %% ../nbs/05_checkpoints.ipynb #5e8c6aff
+# %% ../nbs/05_checkpoints.ipynb #1142c234
 def checkpoint_table(
 ):  # DataFrame, one row a checkpoint
     "CHECKPOINTS to look at, with what to type for each."
     import pandas as pd
-    rows = [{"title": c.title, "backbone": c.backbone, "pretrained": c.tag or c.files[0], "activation": "QuickGELU" if c.quick_gelu else "GELU",
-             "mean": "OpenAI" if c.mean == OPENAI_MEAN else ", ".join(map(str, c.mean)), "size": c.image_size, "interpolation": c.interpolation,
-             "licence": c.licence, "source": c.source, "paper": c.paper, "note": c.note} for c in CHECKPOINTS.values()]
+    rows = [{"title": c.title, "backbone": c.backbone, "pretrained": c.tag or c.files[0],
+             "activation": "QuickGELU" if c.quick_gelu else "GELU",
+             "mean": "OpenAI" if c.mean == OPENAI_MEAN else ", ".join(map(str, c.mean)), "size": c.image_size,
+             "interpolation": c.interpolation, "licence": c.licence, "source": c.source, "paper": c.paper, "note": c.note}
+            for c in CHECKPOINTS.values()]
     return pd.DataFrame(rows, pd.Index(CHECKPOINTS, name="name"))
 
-# %% ../nbs/05_checkpoints.ipynb #54aecbc0
+# %% ../nbs/05_checkpoints.ipynb #09304c07
 def _jit(path: Path) -> bool:
     return zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
 
@@ -121,16 +152,17 @@ def _read_tensors(path: Path):
 
 def _refused(path: Path, error: Exception) -> ValueError:
     "The sentence for a file that cannot be read."
-    alien = re.search(r"Unsupported (?:global|operand|class)[^\n]*?([\w.]+\.[\w.]+) was not", str(error))
+    alien = re.search(r"GLOBAL ([\w.]+)", str(error))
     if alien:
-        return ValueError(f"{path}: cannot be read as weights: it holds {alien[1]}, and unpickling that could run any code. If you trust the "
-                          "file, write the tensors alone, once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt') "
-                          "(for a model pickled whole: .state_dict() instead of ['state_dict']).")
-    why = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split()).split(" (")[0][:120] or "the file is empty"
+        return ValueError(f"{path}: cannot be read as weights: it holds {alien[1]}, and unpickling that could run any code. If you trust "
+                          "the file, write the tensors alone, once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], "
+                          "'weights.pt') (for a model pickled whole: .state_dict() instead of ['state_dict']).")
+    why = " ".join(str(error).split()).split(" (")[0][:120] or "the file is empty"
+    if why.startswith("Weights only") or "hasRecord" in why: why = "it is not an archive of tensors"
     return ValueError(f"{path}: cannot be read as weights ({why}). Expected .safetensors, a file written by "
                       "torch.save(model.state_dict(), …), or OpenAI's TorchScript archive; nothing else is unpickled.")
 
-# %% ../nbs/05_checkpoints.ipynb #be04a60f
+# %% ../nbs/05_checkpoints.ipynb #954735d8
 def _tensors(value) -> bool: return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
@@ -146,12 +178,13 @@ def _unwrap(found, facts: dict) -> dict | None:
 def _strip(state: dict, facts: dict, path: Path) -> dict:
     "Names without what wrappers put before them (module., model., clip., …): logit_scale is at the root of every CLIP."
     roots = sorted(k.removesuffix("logit_scale") for k in state if k.endswith("logit_scale"))
-    if len(roots) > 1: raise ValueError(f"{path}: holds {len(roots)} CLIPs ({', '.join(r or '(root)' for r in roots)}): save the one you mean.")
+    if len(roots) > 1:
+        raise ValueError(f"{path}: holds {len(roots)} CLIPs ({', '.join(r or '(root)' for r in roots)}): save the one you mean.")
     if not roots or not roots[0]: return state
     facts["prefix"] = roots[0]
     return {k.removeprefix(roots[0]): v for k, v in state.items()}
 
-# %% ../nbs/05_checkpoints.ipynb #b3f8a167
+# %% ../nbs/05_checkpoints.ipynb #87e2260e
 _MARKS = ("input_resolution", "context_length", "vocab_size")  # three numbers that OpenAI stores among the weights
 
 
@@ -162,7 +195,8 @@ def read_state_dict(
     path, facts = Path(path), {}
     if not path.is_file(): raise ValueError(f"pretrained={str(path)!r}: there is no such file.")
     try: found, facts["container"] = _read_tensors(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise _refused(path, e) from e
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise _refused(path, e) from e
     state = _unwrap(found, facts)
     if state is None:
         holds = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
@@ -172,7 +206,7 @@ def read_state_dict(
     facts["names"] = "transformers" if "vision_model.embeddings.class_embedding" in state else "open_clip"
     return (from_transformers(state) if facts["names"] == "transformers" else state), facts
 
-# %% ../nbs/05_checkpoints.ipynb #da0c3de5
+# %% ../nbs/05_checkpoints.ipynb #707a6883
 _RENAME = [  # regular expression -> replacement, in this order
     (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
@@ -185,7 +219,7 @@ _RENAME = [  # regular expression -> replacement, in this order
     (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"), (r"^text_model\.encoder\.layers", "transformer.resblocks"),
     (r"\.self_attn\.", ".attn."), (r"\.layer_norm(\d)\.", r".ln_\1."), (r"\.fc1\.", ".c_fc."), (r"\.fc2\.", ".c_proj.")]
 
-
+# %% ../nbs/05_checkpoints.ipynb #355da145
 def from_transformers(
     state: dict,  # a CLIPModel's state dict in the names of Hugging Face transformers
 ) -> dict:        # the same weights in open_clip's names
@@ -199,7 +233,7 @@ def from_transformers(
         else: out[name] = value.T if name in ("visual.proj", "text_projection") else value
     return out | {name: torch.cat([p[k] for k in "qkv"]) for name, p in parts.items() if len(p) == 3}
 
-# %% ../nbs/05_checkpoints.ipynb #b3edddf8
+# %% ../nbs/05_checkpoints.ipynb #bf5f384f
 def _blocks(state: dict, start: str) -> int:
     return len({k.removeprefix(start).split(".")[0] for k in state if k.startswith(start)})
 
@@ -215,15 +249,15 @@ def architecture(
                "vocab_size": shape("token_embedding.weight")[0], "width": shape("ln_final.weight")[0],
                "layers": _blocks(text, "transformer.resblocks.")}}
         if "visual.proj" in state:
-            patch = shape("visual.conv1.weight")[-1]
-            return out | {"vision_cfg": {"image_size": patch * round((shape("visual.positional_embedding")[0] - 1) ** .5), "patch_size": patch,
-                                         "width": shape("visual.conv1.weight")[0], "layers": _blocks(state, "visual.transformer.resblocks.")}}
+            (width, *_, patch), n = shape("visual.conv1.weight"), shape("visual.positional_embedding")[0]
+            return out | {"vision_cfg": {"image_size": patch * round((n - 1) ** .5), "patch_size": patch, "width": width,
+                                         "layers": _blocks(state, "visual.transformer.resblocks.")}}
         return out | {"vision_cfg": {"image_size": 32 * round((shape("visual.attnpool.positional_embedding")[0] - 1) ** .5),
                                      "width": shape("visual.layer1.0.conv1.weight")[0],
                                      "layers": [_blocks(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]}}
     except (KeyError, IndexError): return {}
 
-# %% ../nbs/05_checkpoints.ipynb #77a9d289
+# %% ../nbs/05_checkpoints.ipynb #ae4fd349
 _IMPLIED = ("hf_model_name", "timm_model_name", "no_ln_pre", "attentional_pool", "embed_cls")  # other towers behind the same sizes
 
 
@@ -241,7 +275,7 @@ def misfits(
         wrong.append(f"embed_dim {state_architecture['embed_dim']} where {config['embed_dim']} is expected")
     return wrong
 
-
+# %% ../nbs/05_checkpoints.ipynb #97b67c3d
 def matching_backbones(
     state: dict,                      # in open_clip's names
     quick_gelu: bool | None = None,   # keep those with this activation; None: both
@@ -278,17 +312,7 @@ def beside(
     stats = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items() if v and k in STATISTICS}
     return out | stats | ({"from": out.get("from") or ("preprocessor_config.json" if theirs else "open_clip_config.json")} if stats else {})
 
-# %% ../nbs/05_checkpoints.ipynb #efb1d17a
-def weights_in(
-    folder: str | Path,
-) -> str:
-    "What to type for a folder, as the end of an error's sentence."
-    folder = Path(folder)
-    if (folder / "open_clip_config.json").is_file(): return f"Use backbone='local-dir:{folder}' and no pretrained."
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".safetensors"))
-    return f"Give one of its files: {', '.join(names[:8])}." if names else "No weight file lies in it."
-
-# %% ../nbs/05_checkpoints.ipynb #818261c3
+# %% ../nbs/05_checkpoints.ipynb #5483b21a
 @dataclass
 class Recognised:
     "What a weight file is, and how that is known."
@@ -298,7 +322,7 @@ class Recognised:
     preprocess: dict = field(default_factory=dict)    # mean, std, interpolation, resize_mode: those that are known
     reasons: dict[str, str] = field(default_factory=dict)  # field -> because …
 
-
+# %% ../nbs/05_checkpoints.ipynb #dffa2736
 def known(
     path: str | Path | None = None,  # its last four parts are looked at
     openai: bool = False,            # the file carries OpenAI's marks
@@ -320,7 +344,7 @@ def known_tag(
     plain = lambda name: name.removesuffix("-quickgelu")
     return next((c for c in CHECKPOINTS.values() if c.tag == tag and plain(c.backbone) == plain(backbone)), None)
 
-# %% ../nbs/05_checkpoints.ipynb #ed01ac10
+# %% ../nbs/05_checkpoints.ipynb #f8861ca5
 def recognise(
     state: dict,                      # first answer of read_state_dict
     path: str | Path | None = None,   # where it came from: its name, and configs beside it, are looked at
@@ -335,13 +359,24 @@ def recognise(
     if openai: said["quick_gelu"], out.reasons["quick_gelu"] = True, "the file carries OpenAI's marks"
     if checkpoint:
         because = f"the shapes and {'marks' if openai else 'the name'} of the file are those of {checkpoint.title}"
-        told = dict(quick_gelu=checkpoint.quick_gelu, mean=checkpoint.mean, std=checkpoint.std, interpolation=checkpoint.interpolation)
+        told = dict(quick_gelu=checkpoint.quick_gelu, mean=checkpoint.mean, std=checkpoint.std, interpolation=checkpoint.interpolation,
+                    resize_mode="shortest")
         said, out.reasons = said | told, out.reasons | dict.fromkeys(told, because)
     out.quick_gelu, out.preprocess = said.get("quick_gelu"), {k: said[k] for k in STATISTICS if k in said}
     out.backbones = matching_backbones(state, out.quick_gelu)
     return out
 
-# %% ../nbs/05_checkpoints.ipynb #e7ddb9d1
+# %% ../nbs/05_checkpoints.ipynb #efb1d17a
+def weights_in(
+    folder: str | Path,
+) -> str:
+    "What to type for a folder, as the end of an error's sentence."
+    folder = Path(folder)
+    if (folder / "open_clip_config.json").is_file(): return f"Use backbone='local-dir:{folder}' and no pretrained."
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".safetensors"))
+    return f"Give one of its files: {', '.join(names[:8])}." if names else "No weight file lies in it."
+
+# %% ../nbs/05_checkpoints.ipynb #b3efb132
 def advice(
     seen: Recognised,  # answer of recognise
     source: str,       # pretrained= as it was given
@@ -353,7 +388,7 @@ def advice(
     title = f" It is {seen.checkpoint.title}." if seen.checkpoint else ""
     return f"Its shapes are those of {alike}{which}.{title} Use backbone={seen.backbones[0]!r} pretrained={source!r}."
 
-
+# %% ../nbs/05_checkpoints.ipynb #b3eabe9e
 def check_shapes(
     state: dict,       # in open_clip's names
     seen: Recognised,  # answer of recognise
@@ -380,10 +415,11 @@ def check_activation(
     name, other = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     right = backbone + "-quickgelu" if quick_gelu else backbone.removesuffix("-quickgelu")
     right = f"Use backbone={right!r}" if right != backbone and right in open_clip.list_models() else "Use a backbone with that activation"
-    raise ValueError(f"pretrained={source!r} was trained with {name}{f' ({because})' if because else ''}, backbone={backbone!r} computes {other}: it would "
+    because = f" ({because})" if because else ""
+    raise ValueError(f"pretrained={source!r} was trained with {name}{because}, backbone={backbone!r} computes {other}: it would "
                      f"load and be quietly worse. {right}, or pass quick_gelu={quick_gelu} (or {not quick_gelu}, if you know better).")
 
-# %% ../nbs/05_checkpoints.ipynb #aa71d25b
+# %% ../nbs/05_checkpoints.ipynb #f0018f20
 def load_state(
     model: nn.Module,  # open_clip model; it is filled in place
     state: dict,       # first answer of read_state_dict
@@ -403,7 +439,7 @@ def load_state(
              if k in own and v.shape != own[k].shape]
     for what, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
         if keys: wrong.append(f"{len(keys)} tensors are {what}, such as {min(keys)}")
-    if wrong: raise ValueError(f"{source} does not fit backbone={backbone!r}: {'; '.join(wrong[:1] + wrong[1:][-2:])}. "
-                               f"{advice(Recognised(matching_backbones(state)), source)}")
-    model.load_state_dict(state)
-    return model
+    if not wrong: model.load_state_dict(state); return model
+    names = matching_backbones(state)
+    end = "The sizes are right: it is a part of such a model, or more than one." if backbone in names else advice(Recognised(names), source)
+    raise ValueError(f"{source} does not fit backbone={backbone!r}: {'; '.join(wrong[:1] + wrong[1:][-2:])}. {end}")

@@ -169,7 +169,7 @@ def _build(backbone: str, config: dict, pretrained: str | Path | None, quick_gel
     model = _create(backbone, config, load_weights=False, pretrained_text=False)
     return (model if state is None else load_state(model, state, str(pretrained or TINY), backbone)), seen
 
-# %% ../nbs/10_clip.ipynb #4b0fc547
+# %% ../nbs/10_clip.ipynb #5afbfea0
 def _decide(seen: Recognised, size: int, config: dict, given: dict) -> tuple[Preprocess, dict[str, str]]:
     "Given values win over known ones, and those over OpenAI's; with the reason for each."
     for k in ("mean", "std"):
@@ -180,9 +180,10 @@ def _decide(seen: Recognised, size: int, config: dict, given: dict) -> tuple[Pre
     preprocess = Preprocess(size, **{k: tuple(v) if k in ("mean", "std") else v for k, v in fields.items()})
     say = lambda v: ", ".join(f"{x:.4g}" for x in v) if isinstance(v, tuple) else {True: "yes", False: "no"}.get(v, v)
     values = {"quick_gelu": bool(config.get("quick_gelu")), "image_size": str(size), **{k: getattr(preprocess, k) for k in STATISTICS}}
-    rest = {"quick_gelu": "the backbone says so, and nothing is known of the weights", "image_size": "the backbone says so"}
+    unknown = ", and nothing is known of the weights"
+    rest = {"quick_gelu": "the backbone says so" + unknown, "image_size": "the backbone says so"}
     for k, v in values.items():
-        because = "it was given" if given.get(k) is not None else seen.reasons.get(k, rest.get(k, "it is OpenAI's, and nothing is known of the weights"))
+        because = "it was given" if given.get(k) is not None else seen.reasons.get(k, rest.get(k, "it is OpenAI's" + unknown))
         facts[k] = f"{say(v)}, because {because}"
     return preprocess, facts
 
