@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'READERS', 'FORMATS', 'open_clip_config', 'write_open_clip', 'linear_part', 'log_correction', 'Classifier',
            'classifier_of', 'average_experts', 'average_of', 'write_torch_export', 'write_onnx', 'read_pixels',
            'read_safetensors', 'read_onnx', 'read_torch_export', 'classify', 'bundle', 'predict_script',
-           'answers_without_kit', 'check_export', 'export']
+           'answers_without_kit', 'check_export', 'export', 'summary']
 
-# %% ../nbs/55_export.ipynb #e74b942c
+# %% ../nbs/55_export.ipynb #ce06ec84
 import argparse
 import ast
 import csv
@@ -37,6 +37,7 @@ import dmrs_nb.compat
 import open_clip
 
 from .calibration import calibrated, fit_temperature, negative_log_likelihood
+from .checkpoints import CHECKPOINTS
 from .clip import CLIP, LinearProbe
 from .config import make_config
 from .compat import register_schemas
@@ -144,16 +145,17 @@ def average_experts(
         for mean, other in zip(merged.parameters(), model.merged(e).parameters()): mean.lerp_(other, 1 / (e + 1))
     return merged
 
-# %% ../nbs/55_export.ipynb #6c0345d5
+# %% ../nbs/55_export.ipynb #9e02e4f5
 def _validation(run: RunFolder, classifier: Classifier):
-    "Logits (E, N, C), targets and groups of the run's validation part; None when its images are not there any more."
+    "Validation part: logits of the ensemble and of `classifier`, targets, groups; None when its images are not there any more."
     try:
+        with np.load(run.predictions_path) as stored: before = torch.from_numpy(stored["val_logits"])
         task = prepare(make_config(**run.config), progress=False)
-        if task.items.fingerprint != run.result()["data"]["fingerprint"] or not len(task.split.val): return None
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, KeyError): return None
+    if task.items.fingerprint != run.result()["data"]["fingerprint"]: return None
     batches = eval_batches(task.cache, task.split.val, 64, eval_transform(task.clip.preprocess))
-    with torch.inference_mode(): logits = torch.cat([classifier.logits(images) for images in batches], 1)
-    return logits, task.items.targets[task.split.val], task.groups
+    with torch.inference_mode(): after = torch.cat([classifier.logits(images) for images in batches], 1)
+    return before, after, task.items.targets[task.split.val], task.groups
 
 
 def average_of(
@@ -165,11 +167,10 @@ def average_of(
     correction = log_correction(predictor.effective, predictor.prior, E, len(weight)).mean(0, keepdim=True)
     classifier = Classifier(merged.visual, weight, bias, correction, predictor.temperature)
     if (seen := _validation(run, classifier)) is None: return classifier, merged, {}
-    logits, targets, groups = seen
+    before, after, targets, groups = seen
     effective = None if predictor.effective is None else np.exp(np.log(np.asarray(predictor.effective)).mean(0))
-    classifier.temperature = fit_temperature(logits, targets, effective)
-    with np.load(run.predictions_path) as stored: before = torch.from_numpy(stored["val_logits"])
-    pairs = dict(ensemble=calibrated(before, predictor.temperature), average=calibrated(logits, classifier.temperature))
+    classifier.temperature = fit_temperature(after, targets, effective)
+    pairs = dict(ensemble=calibrated(before, predictor.temperature), average=calibrated(after, classifier.temperature))
     return classifier, merged, dict(images=len(targets)) | {name: _quality(p, targets, groups) for name, p in pairs.items()}
 
 
@@ -281,7 +282,7 @@ def classify(
     for line in unread: print(line, file=sys.stderr)
     return 1 if unread else 0
 
-# %% ../nbs/55_export.ipynb #968442af
+# %% ../nbs/55_export.ipynb #8c20071e
 def _names(source: str) -> set:  # read, and not bound as a local variable
     nodes = list(ast.walk(ast.parse(source)))
     shared = {n for node in nodes if isinstance(node, ast.Global) for n in node.names}
@@ -296,10 +297,15 @@ def _import(name: str, value) -> str | None:  # a line, or None for what is not 
     return f"import {module}" if module == name else f"import {module} as {name}"
 
 
+def _literal(name: str, value) -> str:
+    try: return repr(ast.literal_eval(repr(value)))
+    except (ValueError, SyntaxError): raise ValueError(f"bundle: the constant {name} is {value!r}, which cannot be written down; build it inside the function") from None
+
+
 def bundle(
     *functions,  # defined in this kit, to be called by their names
 ) -> str:        # Python source
-    "Functions with all that they refer to, as one piece of source that does not import the kit."
+    "Functions with all that they refer to, as one piece of source that does not import the kit. Raises `ValueError`."
     imports, sources, constants, left = {"import importlib.util"}, {}, {}, [(f.__name__, f) for f in functions]
     while left:
         name, value = left.pop()
@@ -313,7 +319,7 @@ def bundle(
         elif isinstance(value, dict) and all(map(inspect.isroutine, value.values())):
             constants[name] = f"{{{', '.join(f'{k!r}: {f.__name__}' for k, f in value.items())}}}"
             left += [(f.__name__, f) for f in value.values()]
-        else: constants[name] = repr(ast.literal_eval(repr(value)))   # ValueError for what source cannot say
+        else: constants[name] = _literal(name, value)
     return "\n\n\n".join(["\n".join(sorted(imports)), *reversed(sources.values()), "\n".join(f"{n} = {c}" for n, c in sorted(constants.items()))]) + "\n"
 
 
@@ -360,7 +366,7 @@ def _as_peft(plan: dict, folder: Path):
 
 FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "torch-export": _as_torch_export, "peft": _as_peft}
 
-# %% ../nbs/55_export.ipynb #2563343d
+# %% ../nbs/55_export.ipynb #7af3976c
 _USE = {
     "safetensors": "`pip install open_clip_torch safetensors`. `python predict.py IMAGE…`, or in Python `open_clip.create_model('local-dir:{first}')`: a CLIP "
                    "whose image encoder is the trained one. `classifier.safetensors` holds what comes after unit-length features: "
@@ -385,10 +391,15 @@ def _readme(plan: dict) -> str:
     prior = "as trained" if info["prior"] is None else ", ".join(f"{w} {s:.3g}" for w, s in info["prior"].items())
     use = "\n".join(f"## {name}\n\n{_USE[name].format(**fill)}\n" for name in info["formats"])
     return (f"# {info['run']}\n\nAn image classifier for {len(info['words'])} classes: {many}, method {info['method']}, made from {info['backbone']} "
-            f"({info['pretrained']}), whose licence goes on to hold.\n\n{use}\n## Images\n\nRGB, {p['resize_mode']} side to {p['image_size']} pixels "
+            f"({info['pretrained']}), whose licence goes on to hold{_licence(plan['clip'])}.\n\n{use}\n## Images\n\nRGB, {p['resize_mode']} side to {p['image_size']} pixels "
             f"({p['interpolation']}{', centre crop' if p['resize_mode'] == 'shortest' else ''}), values 0 to 1, minus mean {list(p['mean'])}, divided by std "
             f"{list(p['std'])}.\n\n## Probabilities\n\nTemperature {info['temperature']:.4g}, fitted on validation images. Class shares they are meant for: "
             f"{prior}.{_cost_line(info)}\n\n## Classes\n\n" + "\n".join(f"{i}. {w}" for i, w in enumerate(info["words"])) + "\n")
+
+
+def _licence(clip: CLIP) -> str:
+    known = CHECKPOINTS.get(clip.checkpoint)
+    return f": {known.licence} ({known.source})" if known else ""
 
 
 def _cost_line(info: dict) -> str:
@@ -399,13 +410,14 @@ def _cost_line(info: dict) -> str:
     return (f"\n\nOn {cost['images']} validation images this average has accuracy {a['acc1']:.3f} (ensemble {e['acc1']:.3f}) and a cost of "
             f"{a['nll']:.3f} nats an image (ensemble {e['nll']:.3f}).")
 
-# %% ../nbs/55_export.ipynb #d132298a
+# %% ../nbs/55_export.ipynb #2549d6b9
 @contextmanager
 def _filling(out: Path):
     "A new folder that becomes `out` when the block ends well, and is removed when it does not."
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder to export to, found {'a file' if out.is_file() else 'files in it'}; give another one with out (--out)")
-    part = out.with_name(f".{out.name}.{os.getpid()}-unfinished")
+    part = Path(os.path.abspath(out))
+    part = part.with_name(f".{part.name}.{os.getpid()}-unfinished")
     try:
         part.mkdir(parents=True)
         yield part
@@ -452,10 +464,10 @@ def check_export(
         raise ValueError(f"the export disagrees with the run: {', '.join(wrong)} where {tolerance:g} is allowed; nothing was exported")
     return off
 
-# %% ../nbs/55_export.ipynb #6626ae08
+# %% ../nbs/55_export.ipynb #c4a87299
 def _check_request(formats, dtype) -> tuple:
     "The formats that are meant. Raises `ValueError` for what cannot be written."
-    formats = tuple(dict.fromkeys((formats,) if isinstance(formats, str) else formats))
+    formats = tuple(dict.fromkeys(formats.split(",") if isinstance(formats, str) else formats))
     if not formats: raise ValueError(f"formats is empty: name at least one of {', '.join(FORMATS)}")
     for name in formats: check_name("format", name, FORMATS)
     check_name("dtype", dtype, DTYPES)
@@ -471,13 +483,13 @@ def export(
     formats=("safetensors",),  # of FORMATS: safetensors, onnx, torch-export, peft
     prior=None,             # class shares where it is used, as training.predict; None: as trained
     dtype: str = "fp32",    # numbers of the open_clip files: fp32, fp16, bf16; graphs are fp32
-    check=(),               # image files or folders: every format has to answer as the run does, without the kit
+    check=(),               # image files or folders: every format has to answer as the run does, to 1e-4 (rounded weights: 0.05), without the kit
 ) -> Path:                  # the folder
     "Write a run as files that work without this kit, all or nothing. Raises `ValueError` and `OSError`."
     formats, run = _check_request(formats, dtype), find_run(run)
     if isinstance(prior, str) and prior == "estimate":
         raise ValueError("prior=estimate is read off the images that are asked about, and an export has none yet; write the shares into a file and give that")
-    predictor, out = load_predictor(run, prior=prior), Path(out) if out is not None else run.path / "export"
+    predictor, out = load_predictor(run, prior=prior), Path(out).expanduser() if out is not None else run.path / "export"
     if "peft" in formats and getattr(predictor.model, "adapter", None) != "lora":
         raise ValueError(f"format peft: run {run.name} has no low-rank adapters; choose {', '.join(f for f in FORMATS if f != 'peft')}")
     with _filling(out) as folder:
@@ -487,5 +499,16 @@ def export(
         write_json(folder / "classes.json", plan["info"])
         (folder / "README.md").write_text(_readme(plan), encoding="utf-8")
         if set(formats) & set(READERS): (folder / "predict.py").write_text(predict_script(), encoding="utf-8")
-        if check: check_export(folder, plan["classifier"], predictor.clip.preprocess, check)
+        if check: check_export(folder, plan["classifier"], predictor.clip.preprocess, check, 1e-4 if dtype == "fp32" else 0.05)
     return out
+
+
+def summary(
+    folder: str | Path,  # an exported folder
+) -> str:
+    "What an export holds, in one line."
+    info, size = json.loads((Path(folder) / "classes.json").read_text(encoding="utf-8")), sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+    many = f"average of {info['experts']} experts" if info["average"] else f"{info['experts']} experts" if info["experts"] > 1 else "one model"
+    cost = info["cost_of_average"]
+    price = f", accuracy on validation {cost['average']['acc1']:.3f} (ensemble {cost['ensemble']['acc1']:.3f})" if cost else ""
+    return f"{', '.join(info['formats'])}: {many}, {len(info['words'])} classes, temperature {info['temperature']:.3g}, {size / 1e6:.1f} MB{price}"
