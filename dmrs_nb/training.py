@@ -284,7 +284,7 @@ def precision_of(
     "The precision of the forward pass."
     return config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
-# %% ../nbs/51_training.ipynb #1c1b1706
+# %% ../nbs/51_training.ipynb #8e55bd3c
 def decisions(
     config: RunConfig,  # resolved
     task: Task,
@@ -295,10 +295,8 @@ def decisions(
     s, device = task.split, check_device(config.device)
     values = dict(parts=f"{len(s.train)} train, {len(s.val)} val, {len(s.test)} test", thresholds="many > {}, few < {}".format(*task.thresholds),
                   device=str(device), precision=precision_of(config, device))
-    def value(field):
-        found = values.get(field, getattr(config, field, None))
-        return str(getattr(task.clip.preprocess, field, "") if found is None else found)
-    return pd.DataFrame([(f, value(f), why) for f, why in reasons.items()], columns=["field", "value", "reason"]).set_index("field")
+    rows = [(f, *why.split(", because ", 1)) if ", because " in why else (f, str(values.get(f, getattr(config, f, ""))), why) for f, why in reasons.items()]
+    return pd.DataFrame(rows, columns=["field", "value", "reason"]).set_index("field")
 
 # %% ../nbs/51_training.ipynb #39235bae
 def lr_at(
@@ -367,7 +365,7 @@ def make_batches(
     transform = train_transform(config.augment, task.clip.preprocess)
     return Batches(task.cache, task.items.targets, train[drawn], config.batch_size, transform, seed=config.seed)
 
-# %% ../nbs/51_training.ipynb #74caf37b
+# %% ../nbs/51_training.ipynb #bf8d5dc8
 def make_optimizer(
     params,             # what to train
     config: RunConfig,
@@ -388,7 +386,7 @@ def mixing_of(
         kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob, diagonal=-math.inf)
     return make_mixing(config.mixing, len(task.words), generator=torch.Generator(), **kw)
 
-# %% ../nbs/51_training.ipynb #bce8c1fe
+
 def loss_of(
     config: RunConfig,
     task: Task,
@@ -529,7 +527,7 @@ def _agreed(config, task, accelerator) -> RunConfig:
         raise ValueError(f"batch_size: {chosen[0].batch_size} images cannot be shared by {accelerator.num_processes} processes; choose a multiple")
     return chosen[0]
 
-# %% ../nbs/51_training.ipynb #d750ac5e
+# %% ../nbs/51_training.ipynb #b8062d6e
 def _state(learner, **more) -> dict:
     "Everything that training changes."
     model = learner.accelerator.unwrap_model(learner.model)
@@ -543,7 +541,7 @@ def _restore(model, weights):
     with torch.no_grad():
         for n, p in params.items(): p.copy_(weights[n])
 
-# %% ../nbs/51_training.ipynb #c126d7d8
+
 _CHANGED = "the images in {} are not those that this run was trained on (a file was added, removed, moved, relabelled or resized since)"
 
 
