@@ -206,7 +206,7 @@ def test_an_unfinished_or_damaged_run_is_refused(run, river, tmp_path):
     copy = Path(shutil.copytree(run.path, tmp_path / "copy"))
     (copy / "predictions.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="predictions.npz: cannot be read .*; give temperature=1"): predict(copy, river)
-    assert predict(copy, river, temperature=2).attrs["temperature"] == 2
+    for given, used in ((2, 2), (None, 1)): assert predict(copy, river, temperature=given).attrs["temperature"] == used
     (copy / "predictions.npz").unlink()
     code, _, err = dmrs(copy, river)
     assert code == 0 and err.startswith("note: temperature: copy kept no validation logits")
@@ -219,7 +219,6 @@ def test_an_unfinished_or_damaged_run_is_refused(run, river, tmp_path):
 @pytest.mark.parametrize("given", ["vall", 0, -1, float("nan"), float("inf"), [1]])
 def test_a_temperature_that_cannot_be_meant_is_refused(run, river, given):
     with pytest.raises(ValueError, match="temperature: found .*, expected 'val', a number above 0, or None"): predict(run, river, temperature=given)
-    assert predict(run, river, temperature=None).attrs["temperature"] == 1
 
 
 @pytest.mark.parametrize("raised, code, says", [(KeyboardInterrupt(), 130, "stopped\n"), (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "smaller batch size")])
