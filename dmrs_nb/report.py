@@ -818,10 +818,10 @@ def points(
     n = round(100 * share)
     return f"{n:+d}".replace("-", "−") if n else "0"
 
-# %% ../nbs/53_report.ipynb #5e50ff46
-def _cures(word: str, shots: int, pairs: pd.DataFrame, gains, others: list) -> list:
+# %% ../nbs/53_report.ipynb #fd39168a
+def _cures(word: str, counts: dict, pairs: pd.DataFrame, gains, others: list) -> list:
     "(what to do, the numbers for it), strongest evidence first."
-    found, total, most = [], f" of {pairs.attrs['total']} pairs", pairs[(pairs.a == word) | (pairs.b == word)].copy()
+    found, shots, total, most = [], counts[word], f" of {pairs.attrs['total']} pairs", pairs[(pairs.a == word) | (pairs.b == word)].copy()
     if gains is not None and (g := gains.loc[word]).low > 0:
         found.append(("more images", f"{points(g.gain)} points for each doubling ({points(g.low)} to {points(g.high)}), {shots} now"))
     better = [(gain, low, high, name) for name, table in others for gain, low, high in [table[word]] if low > 0]
@@ -831,8 +831,10 @@ def _cures(word: str, shots: int, pairs: pd.DataFrame, gains, others: list) -> l
     most["out"] = np.where(most.a == word, most.a_as_b, most.b_as_a)
     for p in most[most.out >= 2].sort_values("out", ascending=False, kind="stable").head(1).itertuples():
         other, back = (p.b, p.b_as_a) if p.a == word else (p.a, p.a_as_b)
-        swapped = f"{p.out} taken for {other}, {back} the other way"
-        if "looks" in p.alike and back: found.append(("merge, or look at the labels", f"{swapped}; rank {p.looks_rank}{total} in looks"))
+        swapped, ranked = f"{p.out} taken for {other}, {back} the other way", f"; rank {p.looks_rank}{total} in looks"
+        if p.out >= 3 * back and counts[other] >= 2 * shots:   # one way, and from rare to frequent
+            found.append(("a loss or a prior for rare classes", f"{swapped}, which has {counts[other]} training images and this {shots}"))
+        elif "looks" in p.alike and back: found.append(("merge, or look at the labels", swapped + ranked))
         if "words" in p.alike: found.append(("other words", f"{swapped}; rank {p.words_rank}{total} in words"))
     return found
 
@@ -843,7 +845,7 @@ def _needed(recall: float, target: float) -> str:
     n = int(np.ceil(Z**2 * recall * (1 - recall) / (target - recall)**2))
     return f"about {n} would tell" if 0 < n < 2000 else "too close to the target to tell"
 
-# %% ../nbs/53_report.ipynb #0c50f940
+# %% ../nbs/53_report.ipynb #b2cd4fa0
 def advice(
     run: Run | str | Path,       # with stored predictions
     curve: list | None = None,   # runs for `learning_curve`, of the same configuration
@@ -865,7 +867,8 @@ def advice(
     pairs.attrs["total"] = len(words) * (len(words) - 1) // 2
     for c in failing_classes(run, target).itertuples():
         word, unknown = c[1], "train with train_fraction=0.5 and 0.25, give the runs as curve" if gains is None else "the curve does not rise for sure"
-        found = _cures(word, c.shots, pairs, gains, tables) or [("nothing yet", f"no pair stands out; {unknown}")]
-        if c.verdict == "unsure": found = [("more test images", f"{c.n_test} do not decide: {_needed(c.recall, target)}")]
+        found = _cures(word, dict(zip(words, run.data["cls_num_list"])), pairs, gains, tables) or [("nothing yet", f"no pair stands out; {unknown}")]
+        if c.verdict == "unsure":   # whether it fails; what the other numbers say holds all the same
+            found = [("more test images", f"{c.n_test} do not decide: {_needed(c.recall, target)}"), *(f for f in found if f[0] != "nothing yet")]
         rows += [(word, c.shots, c.recall, c.low, c.high, *f) for f in found]
     return pd.DataFrame(rows, columns=["class", "shots", "recall", "low", "high", "advice", "because"])

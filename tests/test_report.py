@@ -436,17 +436,18 @@ def test_advice_names_what_the_numbers_support(curve, tmp_path):
     run = answer(tmp_path, "run", [15, 8, 4, 18, 9], [120, 60, 48, 16, 8], text=text, steps=7)
     told = report.advice(run, curve, [other], looks=looks)
     assert {c: list(own) for c, own in told.groupby("class").advice} == {
-        "runway": ["another method: logit-adjusted", "other words"], "dense residential": ["another method: logit-adjusted", "merge, or look at the labels"],
-        "harbor": ["more images"], "forest": ["more test images"]}
+        "runway": ["another method: logit-adjusted", "a loss or a prior for rare classes", "other words"], "dense residential": ["another method: logit-adjusted", "merge, or look at the labels"],
+        "harbor": ["more images", "a loss or a prior for rare classes"], "forest": ["more test images", "merge, or look at the labels"]}
     why = told.groupby("class").because.agg(list)
-    assert why["runway"][0].startswith("+75 points on the same images") and "16 taken for forest, 0 the other way; rank 1 of 10 pairs in words" == why["runway"][1]
+    assert why["runway"][0].startswith("+75 points on the same images") and "16 taken for forest, 0 the other way; rank 1 of 10 pairs in words" == why["runway"][2]
+    assert why["runway"][1] == "16 taken for forest, 0 the other way, which has 120 training images and this 48"
     assert "12 taken for forest, 5 the other way" in why["dense residential"][1] and why["harbor"][0].startswith("+20 points for each doubling")
-    assert why["forest"] == ["20 do not decide: about 289 would tell"]
+    assert why["forest"][0] == "20 do not decide: about 289 would tell"
     assert list(told.recall) == sorted(told.recall)
 
 
 def test_advice_without_evidence_says_so(curve, tmp_path):
-    run = answer(tmp_path, "run", [19, 19, 4, 18, 18], [120, 60, 48, 16, 8])
+    run = answer(tmp_path, "run", [19, 19, 4, 18, 18], [120, 60, 48, 16, 8], wrong=[1, 0, 3, 0, 0])   # runway is taken for a rarer class
     alone, after = (report.advice(run, c, looks=False).iloc[0] for c in (None, curve))
     assert alone.advice == after.advice == "nothing yet" and "train_fraction=0.5" in alone.because and "does not rise for sure" in after.because
     worse = answer(tmp_path, "worse", [19, 19, 3, 18, 18])
