@@ -502,7 +502,7 @@ def load_model(
         raise ValueError(f"{folder}: the saved model is damaged ({' '.join(str(e).split())[:200]}); delete the run folder and train again") from e
     return model.to(device).eval(), clip, read_json(folder / "classes.json")
 
-# %% ../nbs/51_training.ipynb #5621e9d3
+# %% ../nbs/51_training.ipynb #fccf38bb
 def make_accelerator(
     config: RunConfig,
 ) -> "accelerate.Accelerator":
@@ -515,7 +515,7 @@ def make_accelerator(
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(reset_partial_state=True)   # a notebook runs many configs
     if device.type == "cuda": torch.cuda.set_device(device)
     precision = {"fp32": "no", "bf16": "bf16"}[precision_of(config, device)]
-    return Accelerator(cpu=device.type != "cuda", mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None)
+    return Accelerator(cpu=device.type != "cuda", mixed_precision=precision, log_with="tensorboard" if config.tensorboard else None, project_dir=config.out_dir)
 
 
 def _agreed(config, task, accelerator) -> RunConfig:
@@ -693,12 +693,12 @@ def fit(
         with _enough_memory(config, accelerator.device): _fit(learner, task, run, clock, callback, progress and main)
     return run
 
-# %% ../nbs/51_training.ipynb #810fa56c
+# %% ../nbs/51_training.ipynb #1067816f
 def _fit(learner, task, run, clock, callback, progress):
     config, a, prepared, ended = learner.config, learner.accelerator, time.perf_counter() - clock, dict(best=None, train_s=0.0)
     model = a.unwrap_model(learner.model)
     if task.bad and a.is_main_process: _write_bad(run, task.bad)
-    if config.tensorboard: a.project_configuration.set_directories(str(run.path)); a.init_trackers("tensorboard")
+    if config.tensorboard: a.project_configuration.logging_dir = str(run.path); a.init_trackers("tensorboard")
     learner.model.train()
     if learner.steps: ended = learn(learner, task, make_batches(config, task, model), run, callback, progress)
     if ended["best"]: _restore(model, ended["best"]["weights"])
