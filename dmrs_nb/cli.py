@@ -34,7 +34,7 @@ def _sentences(
         if "out of memory" not in str(e): raise
         leave(f"out of memory ({' '.join(str(e).split())[:120]}); try a smaller batch size, or another device", 2)
 
-# %% ../nbs/59_cli.ipynb #70ce5ff2
+# %% ../nbs/59_cli.ipynb #85f4ad57
 def parse_settings(
     settings: list,  # of "name=value"
 ) -> dict:           # name → value, JSON where it is JSON, else text
@@ -42,7 +42,7 @@ def parse_settings(
     if wrong := [s for s in settings if "=" not in s]: raise ValueError(f"--set {wrong[0]}: expected name=value, such as --set lr=0.001")
     def value(text):
         try: return json.loads(text)
-        except json.JSONDecodeError: return text
+        except (ValueError, RecursionError): return text
     return {name.strip(): value(text) for name, text in (s.split("=", 1) for s in settings)}
 
 # %% ../nbs/59_cli.ipynb #9d3f19d4

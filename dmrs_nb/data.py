@@ -530,7 +530,7 @@ def _write_images(temp, items, preprocess, pool, progress):
             bar.update(len(chunk))
     (temp/"meta.json").write_text(json.dumps(dict(bad=bad, preprocess=asdict(preprocess))))
 
-# %% ../nbs/02_data.ipynb #2f7273b6
+# %% ../nbs/02_data.ipynb #44af4285
 def _open_cache(folder, items, preprocess):
     "The finished cache in `folder`, or None when it is not there or damaged."
     keep, shape = np.ones(len(items), dtype=bool), (len(items), preprocess.image_size, preprocess.image_size, 3)
@@ -547,11 +547,11 @@ def _cpus(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffini
 
 
 def _stop_on_bad(items, cache):
+    "The whole list first, the sentence last: that is what stays on the screen."
     if not cache.bad: return
-    every = [f"{p}: {reason}" for p, reason in cache.bad]
-    count, todo = f"{items.root}: {len(every)} of {len(items)} images cannot be read", "replace or remove them, or pass bad_images='skip'"
-    if len(every) <= 3: raise ValueError(f"{count} ({'; '.join(every)}); {todo}")
-    raise ValueError("\n".join([f"{count}:", *every, f"{count}, first {every[0]}, all above; {todo}"]))
+    listed, (path, reason) = "".join(f"  {p}: {r}\n" for p, r in cache.bad), cache.bad[0]
+    raise ValueError(f"images that cannot be read:\n{listed}{items.root}: {len(cache.bad)} of {len(items)} images cannot be read, "
+                     f"the first is {path} ({reason}); replace or remove them, or go on without them: bad_images=skip")
 
 # %% ../nbs/02_data.ipynb #06d123ca
 def decode(

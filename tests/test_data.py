@@ -390,7 +390,7 @@ def test_bad_files(small, tmp_path):
     (river/"empty.png").touch()
     picture((1, 1)).save(river/"pixel.png")
     items = scan(small.root)
-    says(["3 of 9 images", "river/cut.jpg: image file is truncated", "river/empty.png: not an image", "bad_images='skip'"],
+    says(["3 of 9 images", "river/cut.jpg: image file is truncated", "river/empty.png: not an image", "bad_images=skip"],
          decode, items, Preprocess(16), tmp_path, progress=False)
     cache = decode(items, Preprocess(16), tmp_path, bad_images="skip", progress=False)
     assert [p for p, _ in cache.bad] == ["river/cut.jpg", "river/empty.png", "river/page.jpg"]
@@ -401,7 +401,7 @@ def test_bad_files(small, tmp_path):
     for k in range(30): (river/f"no{k:02}.png").touch()
     with pytest.raises(ValueError) as e: decode(scan(small.root), Preprocess(16), tmp_path, progress=False)
     *every, last = str(e.value).splitlines()
-    assert sum("not an image" in line for line in every) == 32 and "33 of 39 images cannot be read, first river/cut.jpg" in last
+    assert sum("not an image" in line for line in every) == 32 and "33 of 39 images cannot be read, the first is river/cut.jpg" in last
 
 
 def test_a_file_that_vanished_and_a_bomb(small, tmp_path, monkeypatch):
