@@ -678,7 +678,7 @@ def confused_pairs(
     confused = table[table.share > 0].sort_values("share", ascending=False, kind="stable", ignore_index=True)
     return confused if top is None else confused.head(top)
 
-# %% ../nbs/53_report.ipynb #c3232593
+# %% ../nbs/53_report.ipynb #75cf8ee6
 def _pair_images(run: Run, a: int, b: int, n: int) -> list:
     "Up to n test images of a, those that were answered b first: (path, taken for b)."
     answers, targets = run_probs(run).argmax(1), run.predictions["test_targets"]
@@ -705,7 +705,7 @@ def plot_confusions(
             for ax, (path, taken) in zip(line[start:], _pair_images(run, a, b, n)):
                 try: ax.imshow(np.asarray(load(path)))
                 except (OSError, ValueError, KeyError, TypeError): _note(ax, "could not\nbe read")
-                if taken: ax.set_frame_on(True), ax.spines[:].set(color="#EE6677", lw=3)
+                if taken: ax.set_frame_on(True), ax.spines[:].set(visible=True, color="#EE6677", lw=3)
             said = line[start].text(0, 1.05, f"{here}: {count} taken for {there}", fontsize=8, va="bottom", transform=line[start].transAxes)
             said.set_in_layout(False)   # it may be wider than its image
         line[0].set_ylabel(f"alike in\n{row.alike}".replace(" and ", "\nand "), fontsize=7)

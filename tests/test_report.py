@@ -539,7 +539,7 @@ class TestResultsNotebook:
         with pytest.raises(ValueError, match=said): read_results(capsys, **parameters)
 
     def test_without_parameters_it_reads_what_is_stored(self, tmp_path, capsys, monkeypatch):
-        make_run(tmp_path / "nbs" / "benchmarks" / "results" / "recipes_ucmerced", "ce", predictions=False, history=False)
+        make_run(tmp_path / "nbs" / "benchmarks" / "results" / "study_ucmerced", "ce", predictions=False, history=False)
         (tmp_path / "settings.ini").touch()
         for folder in (tmp_path, tmp_path / "nbs" / "benchmarks"):  # as papermill and as JupyterLab start it
             monkeypatch.chdir(folder)
