@@ -752,7 +752,7 @@ def words(
     letters = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in spaced.lower())  # M: marks, as in हिन्दी
     return " ".join(w for token in letters.split() for w in _segment(token))
 
-# %% ../nbs/02_data.ipynb #db6fd500
+# %% ../nbs/02_data.ipynb #0eef2c80
 def _read_overrides(overrides):
     if overrides is None: return {}
     if isinstance(overrides, dict): path, read = "class words", overrides
@@ -780,8 +780,9 @@ def class_words(
         if key not in known: raise ValueError(f"override {key!r} names no class{nearest(key, known)}")
     for classname, name in zip(classnames, known):
         text = words(name, overrides)
-        if not text: raise ValueError(f"class {classname!r} gives no words; give some in a file, class_words=words.yaml, with the line `{classname}: words`")
+        todo = f"in a file, class_words=words.yaml, with the line `{classname}: other words`"
+        if not text: raise ValueError(f"class {classname!r} gives no words; give some {todo}")
         if (same := text.lower()) in seen:  # tokenizers do not see capitals
-            raise ValueError(f"classes {seen[same][0]!r} and {classname!r} both give the words {text!r}; tell them apart in a file, class_words=words.yaml, with the line `{classname}: other words`")
+            raise ValueError(f"classes {seen[same][0]!r} and {classname!r} both give the words {text!r}; tell them apart {todo}")
         seen[same] = classname, text
     return [text for _, text in seen.values()]
