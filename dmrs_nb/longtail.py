@@ -251,14 +251,16 @@ def longtail_split(
         train = thin(targets, train, counts, seed, classnames, short="take" if split == "published" and given is None else "stop")
     return Split(np.sort(train), parts["val"], parts["test"], cls_num_list(targets[train], C))
 
-# %% ../nbs/01_longtail.ipynb #deebee13
+# %% ../nbs/01_longtail.ipynb #b3173d88
 def read_split_file(
     path,    # str | Path: text file with one `path label` a line
 ) -> tuple[list[str], np.ndarray]:  # paths as written, (N,) int64 labels
     "Read a split file; the label is the last field of a line, so paths may hold spaces. ValueError names file and line."
     path, paths, targets = Path(path), [], []
     if not path.is_file(): raise ValueError(f"{path}: no such split file; expected a text file of lines `path label`.")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try: text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e}).") from e
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
         name, label = (line.strip().rsplit(maxsplit=1) + [""])[:2]
         if not (label.isascii() and label.isdecimal()):

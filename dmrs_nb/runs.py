@@ -104,7 +104,7 @@ def write_json(
     "Write JSON that a person can read, atomically; ValueError names a field that JSON cannot hold."
     return write_atomic(path, json.dumps(plain(obj, Path(path).name), indent=1, ensure_ascii=False) + "\n", durable)
 
-# %% ../nbs/45_runs.ipynb #89006d3a
+# %% ../nbs/45_runs.ipynb #ff8491d7
 def read_json(
     path: str | Path,  # file to read
 ) -> dict:  # its content
@@ -115,7 +115,7 @@ def read_json(
         obj = json.loads(text)
     except FileNotFoundError: raise ValueError(f"{path} is not there: is {path.parent.name} a run folder?") from None
     except OSError as e: raise ValueError(f"{path} could not be read ({e.strerror}).") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         found = f"{len(text)} bytes" if text else "an empty file"
         raise ValueError(f"{path} is damaged: expected JSON, found {found} ({e}). Delete it and start the run again.") from None
     if isinstance(obj, dict): return obj
