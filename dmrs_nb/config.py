@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'LATER', 'DMRS_LAMBDAS', 'METHODS', 'PATHS', 'DataFields', 'ModelFields', 'LearningFields', 'BudgetFields',
-           'PlaceFields', 'ConfigError', 'RunConfig', 'project_root', 'resolve_path', 'full_path', 'full_paths',
-           'recipe_fields', 'make_config', 'load_config', 'assigned_names', 'config_from_notebook', 'explain']
+           'PlaceFields', 'ConfigError', 'RunConfig', 'default_lr', 'project_root', 'resolve_path', 'full_path',
+           'full_paths', 'recipe_fields', 'make_config', 'load_config', 'assigned_names', 'config_from_notebook',
+           'explain']
 
 # %% ../nbs/50_config.ipynb #9a0e7354
 import ast
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .longtail import nearest
 from .runs import run_id
 
-# %% ../nbs/50_config.ipynb #aa39a2b0
+# %% ../nbs/50_config.ipynb #447eca6a
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -35,14 +36,14 @@ class DataFields(_Fields):
     train_fraction: float | None = Field(None, gt=0, le=1, description="share of each class's training images that is used, for learning curves")
     class_order: Literal["alphabetical", "size", "random"] = Field("alphabetical", description="which class gets which place in the profile")
     split: Literal["stratified", "published"] = Field("stratified", description="how train, val and test are drawn when the folders do not say")
-    split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of the thinning: the same images for every training seed")
+    split_seed: int = Field(0, ge=0, lt=2**32, description="seed of the split and of the thinning: the same images for every training seed")
     val_size: float = Field(0.1, ge=0, lt=1, description="share of each class for validation")
     test_size: float = Field(0.2, ge=0, lt=1, description="share of each class for the test")
     bad_images: Literal["stop", "skip"] = Field("stop", description="what to do about files that cannot be read")
     class_words: str | None = Field(None, description="JSON or YAML file: folder name → words for the prompt")
     templates: str = Field("aerial", description="prompt templates that the class words are put into")
 
-# %% ../nbs/50_config.ipynb #43168775
+# %% ../nbs/50_config.ipynb #7ca15ede
 class ModelFields(_Fields):
     "What is trained, on top of which frozen CLIP."
     backbone: str = Field("tiny-aid-96", description="open_clip model name")
@@ -54,34 +55,34 @@ class ModelFields(_Fields):
     adapter: Literal["none", "linear", "lora", "dense"] = Field("lora", description="what is added to the frozen trunk")
     num_experts: int = Field(1, ge=1, le=16, description="E, the number of experts")
     expert_blocks: int | Literal["all"] = Field("all", description="experts in the last k blocks only")
-    lora_r: int = Field(8, ge=1, description="rank r of each adapter")
+    lora_r: int = Field(8, ge=1, le=4096, description="rank r of each adapter")
     lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha ÷ r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: tuple[Literal["q", "k", "v", "out_proj", "c_fc", "c_proj"], ...] = Field(("out_proj",), min_length=1, description="projections that carry adapters")
 
-# %% ../nbs/50_config.ipynb #bc44fb91
+# %% ../nbs/50_config.ipynb #c168beb7
 class LearningFields(_Fields):
     "Loss, sampler, mixing and budget."
     loss: Literal["ce", "logit-adjusted", "balanced-softmax", "mme"] = Field("ce", description="what is minimised")
-    tau: float = Field(1.0, ge=0, description="strength of logit adjustment")
+    tau: float = Field(1.0, ge=0, le=100, description="strength of logit adjustment")
     lambdas: tuple[float, ...] | None = Field(None, description="prior exponent λ of each expert; None: the table below")
     sampler: Literal["instance", "class", "sqrt", "progressive"] = Field("instance", description="which images are shown how often")
     mixing: Literal["none", "mixsss", "mixup", "cutmix"] = Field("none", description="how images of a batch are mixed")
     mix_alpha: float | None = Field(None, gt=0, description="Beta(α, α) of the mixing ratio; None: 4 for MixSSS, 1 for MixUp and CutMix")
-    mix_cells: int = Field(7, ge=1, description="cells along each side of a MixSSS mask")
+    mix_cells: int = Field(7, ge=1, le=1024, description="cells along each side of a MixSSS mask")
     mix_partner: Literal["similar", "random", "flip"] = Field("similar", description="whom MixSSS mixes with")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of batches that MixSSS mixes")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes")
     augment: Literal["none", "aerial", "autoaugment"] = Field("aerial", description="random transforms of training images")
 
-# %% ../nbs/50_config.ipynb #70fbc48a
+# %% ../nbs/50_config.ipynb #d6727412
 class BudgetFields(_Fields):
     "How long, how fast, and when to look."
-    epochs: float | None = Field(None, ge=0, description="passes over as many draws as there are training images; give epochs or steps")
-    steps: int | None = Field(None, ge=0, description="optimiser steps; None with epochs None: from the number of training images")
-    batch_size: int | None = Field(None, ge=1, description="images a step, over all processes; None: up to 32, by memory and training images")
+    epochs: float | None = Field(None, ge=0, le=1e5, description="passes over as many draws as there are training images; give epochs or steps")
+    steps: int | None = Field(None, ge=0, le=10**7, description="optimiser steps; None with epochs None: from the number of training images")
+    batch_size: int | None = Field(None, ge=1, le=2**16, description="images a step, over all processes; None: up to 32, by memory and training images")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    lr: float | None = Field(None, gt=0, le=1e30, description="peak learning rate; None: by the backbone, see `default_lr`")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of AdamW; L2 of SGD")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="what the rate does after the warm-up")
@@ -89,14 +90,14 @@ class BudgetFields(_Fields):
     eval_every: int | None = Field(None, ge=1, description="steps between looks at validation; None: a fifth of the run")
     select: Literal["last", "best-val"] = Field("last", description="the weights that are kept: the last, or the best on validation")
 
-# %% ../nbs/50_config.ipynb #20959006
+# %% ../nbs/50_config.ipynb #88eae8ed
 class PlaceFields(_Fields):
     "Where a run lives and what it runs on; not part of its name."
     out_dir: str = Field("runs", description="folder that holds run folders")
     cache_dir: str | None = Field(None, description="decoded images and text features; None: the user's cache folder")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, …")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
-    workers: int = Field(0, ge=0, description="processes that prepare batches; the batches are the same for any number")
+    workers: int = Field(0, ge=0, le=256, description="processes that prepare batches; the batches are the same for any number")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: a fifth of the run")
     tensorboard: bool = Field(False, description="also log to TensorBoard (extra: track)")
 
@@ -167,17 +168,27 @@ class RunConfig(PlaceFields, BudgetFields, LearningFields, ModelFields, DataFiel
         decided = {k: v for k, v in self.content().items() if v is not None}   # a field that a later version adds, unset, renames no run
         return run_id(decided, [name, profile, self.method, f"s{self.seed}"])
 
-# %% ../nbs/50_config.ipynb #bcf3150a
+# %% ../nbs/50_config.ipynb #1dcba863
+def default_lr(
+    adapter: str,   # a value of RunConfig.adapter
+    backbone: str,  # open_clip model name
+) -> "tuple[float, str]":  # the rate, and why
+    "The peak learning rate of AdamW where none is given."
+    if adapter in ("none", "linear"): return 1e-2, "usual for a linear classifier on unit features"
+    if backbone == RunConfig.model_fields["backbone"].default: return 1e-2, "what validation chose for adapters in the embedded model (benchmarks/03_study)"
+    return 2e-4, "as CLIP-LoRA (Zanella and Ben Ayed, CVPRW 2024) trains ViT-B; not measured here"
+
+# %% ../nbs/50_config.ipynb #acced1bc
 _ONE_LORA = dict(adapter="lora", num_experts=1, loss="ce", sampler="instance", mixing="none")
 METHODS = {
     "zero-shot": dict(title="class names only", source="Radford et al., ICML 2021", fields=dict(adapter="none", steps=0, augment="none")),
     "linear-probe": dict(title="a linear classifier on frozen features", source="Radford et al., ICML 2021",
-                         fields=dict(adapter="linear", loss="ce", augment="none", lr=1e-2)),
+                         fields=dict(adapter="linear", loss="ce", augment="none")),
     "ce": dict(title="one LoRA, cross-entropy", source="Hu et al., ICLR 2022", fields=_ONE_LORA),
     "logit-adjusted": dict(title="one LoRA, log-prior added to the logits while training", source="Menon et al., ICLR 2021",
                            fields=_ONE_LORA | dict(loss="logit-adjusted")),
     "dmrs": dict(title="D-LoRA experts, MixSSS, multi-expert loss", source="Wang et al., JAG 141, 2025",
-                 fields=dict(adapter="lora", num_experts=3, loss="mme", sampler="class", mixing="mixsss", mix_prob=0.5, label_smoothing=0.05)),
+                 fields=dict(adapter="lora", num_experts=3, loss="mme", sampler="class", mixing="mixsss", mix_prob=0.1, label_smoothing=0.05)),
 }
 
 # %% ../nbs/50_config.ipynb #a05de06c
@@ -227,7 +238,7 @@ def full_paths(
     if "pretrained" in given and not Path(given["pretrained"]).is_file(): given["pretrained"] = str(fields["pretrained"])
     return fields | given
 
-# %% ../nbs/50_config.ipynb #b8861015
+# %% ../nbs/50_config.ipynb #14a03e49
 def _sentence(error: dict) -> str:
     "One pydantic error as a sentence."
     field, found = ".".join(str(p) for p in error["loc"][:1]) or "config", error.get("input")
@@ -237,9 +248,9 @@ def _sentence(error: dict) -> str:
         return f"{field}: found {found!r}, expected {error['ctx']['expected']}{nearest(found, ast.literal_eval('[' + error['ctx']['expected'].replace(' or ', ', ') + ']'))}"
     if field in ("mean", "std"): return f"{field}: found {found!r}, expected three numbers, such as 0.48,0.46,0.41"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{field}: found {found!r}, expected {message}"
+    return f"{field}: found {found!r:.80}, expected {message}"
 
-# %% ../nbs/50_config.ipynb #78209127
+# %% ../nbs/50_config.ipynb #77823115
 def recipe_fields(
     method: str,  # a name in METHODS
 ) -> dict:        # the fields that the recipe sets
@@ -254,6 +265,8 @@ def make_config(
 ) -> RunConfig:            # validated; paths absolute, λ filled in
     "Defaults, then the recipe, then what was given. Raises `ConfigError` with a sentence."
     fields = full_paths(dict(out_dir="runs") | recipe_fields(method) | explicit)
+    if odd := [f for f, v in fields.items() if f not in PLACE and isinstance(v, str) and v.encode(errors="replace").decode() != v]:
+        raise ConfigError(f"{odd[0]}: found {fields[odd[0]]!r}, which is no text")
     if explicit.get("data_root") is not None: fields.setdefault("data", "folder")
     if fields.get("mixing") != "mixsss" and "mix_prob" not in explicit: fields.pop("mix_prob", None)   # `mixing=none` alone is an ablation
     for budget, other in (("epochs", "steps"), ("steps", "epochs")):   # an explicit budget replaces the recipe's, in either unit
@@ -262,11 +275,12 @@ def make_config(
         config = RunConfig(method=method, **fields)
         filled = {}
         if config.loss == "mme" and config.lambdas is None: filled["lambdas"] = DMRS_LAMBDAS[config.num_experts]
+        if config.lr is None: filled["lr"] = default_lr(config.adapter, config.backbone)[0]
         if config.batch_size is None and config.steps == 0: filled["batch_size"] = 32   # nothing is trained
         return RunConfig(**config.model_dump() | filled) if filled else config
     except ValidationError as e: raise ConfigError("; ".join(dict.fromkeys(map(_sentence, e.errors())))) from None
 
-# %% ../nbs/50_config.ipynb #98b96391
+# %% ../nbs/50_config.ipynb #688ce674
 def load_config(
     path,        # a JSON file: an object with any fields of RunConfig; or a run folder that holds one
     /,
@@ -274,11 +288,11 @@ def load_config(
 ) -> RunConfig:
     "Read a config file. Raises `ConfigError` that names the file."
     path = Path(path)
-    if path.is_dir(): path = path / "config.json"
-    try: fields = json.loads(path.read_text(encoding="utf-8"))
+    if os.path.isdir(path): path = path / "config.json"
+    try: fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError: raise ConfigError(f"{path}: there is no such file") from None
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: expected JSON, but {e}") from None
+    except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: expected JSON, but {e}") from None
     if not isinstance(fields, dict): raise ConfigError(f"{path}: expected a JSON object of parameters, found {type(fields).__name__}")
     try: return make_config(**fields | explicit)
     except ConfigError as e: raise ConfigError(f"{path}: {e}") from None

@@ -367,7 +367,7 @@ def _as_peft(plan: dict, folder: Path):
 
 FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "torch-export": _as_torch_export, "peft": _as_peft}
 
-# %% ../nbs/55_export.ipynb #982b8156
+# %% ../nbs/55_export.ipynb #c298f38c
 _USE = {
     "safetensors": "`pip install open_clip_torch safetensors`. `python predict.py IMAGE…`, or in Python `open_clip.create_model('local-dir:{first}')`: a CLIP "
                    "whose image encoder is the trained one. `classifier.safetensors` holds what comes after unit-length features: "

@@ -11,7 +11,7 @@ __all__ = ['BATCHES', 'PASSES', 'LEAST_STEPS', 'MOST_STEPS', 'Task', 'clip_of', 
            'due', 'learn', 'fit', 'image_sources', 'read_image', 'find_run', 'answer_shares', 'Predictor',
            'load_predictor', 'predict']
 
-# %% ../nbs/51_training.ipynb #edc87b72
+# %% ../nbs/51_training.ipynb #9ddf9b33
 import csv
 import importlib.util
 import io
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 import dmrs_nb.compat
 from .calibration import calibrated, estimate_prior, fit_temperature, read_prior
 from .clip import CLIP, LinearProbe, encode_images, encode_text, load_clip, similarity
-from .config import RunConfig, make_config
+from .config import RunConfig, default_lr, make_config
 from .data import DATASETS, IMAGE_SUFFIXES, Batches, ImageCache, Items, class_words, decode, eval_batches, eval_transform, load_items, train_transform, _read_one
 from .experts import MultiExpertCLIP
 from .longtail import Split, cls_num_list, longtail_split, nearest, shot_groups, shot_thresholds, thin
@@ -110,7 +110,7 @@ def split_items(
         s.cls_num_list = cls_num_list(items.targets[kept][s.train], len(items.classnames))
     return Split(*(kept[part] for part in (s.train, s.val, s.test)), s.cls_num_list)
 
-# %% ../nbs/51_training.ipynb #7ba46da3
+# %% ../nbs/51_training.ipynb #d86a6894
 def _listed(names, most=5):
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -133,15 +133,7 @@ def parts_reason(
             said += f"; too few images to be in {part}: {_listed(lost)}"
     return said + ("; a class gives its first image to train, the second to test, the third to val" if "too few" in said else "")
 
-
-def _stop_on_bad(items, bad):
-    "The whole list first, the sentence last: that is what stays on the screen."
-    if not bad: return
-    listed = "".join(f"  {path}: {reason}\n" for path, reason in bad)
-    raise ValueError(f"images that cannot be read:\n{listed}{items.root}: {len(bad)} of {len(items)} images cannot be read, the first is {bad[0][0]} "
-                     f"({bad[0][1]}); replace or remove them, or go on without them: bad_images=skip")
-
-# %% ../nbs/51_training.ipynb #2488f58f
+# %% ../nbs/51_training.ipynb #c4aadb2e
 def prepare(
     config: RunConfig,
     progress: bool = True,  # bars for decoding
@@ -151,8 +143,7 @@ def prepare(
     known = DATASETS.get(config.data)
     words = class_words(items.classnames, config.class_words or (known.words if known else None))
     clip = clip_of(config)
-    cache = decode(items, clip.preprocess, cache_dir=config.cache_dir, bad_images="skip", progress=progress)
-    if config.bad_images == "stop": _stop_on_bad(items, cache.bad)
+    cache = decode(items, clip.preprocess, cache_dir=config.cache_dir, bad_images=config.bad_images, progress=progress)
     split = split_items(items, config, cache.keep)
     text = encode_text(clip, words, config.templates, cache_dir=config.cache_dir)
     *thresholds, reason = shot_thresholds(split.cls_num_list, known.thresholds if known else None)
@@ -261,7 +252,7 @@ def with_budget(
     steps = choose_steps(num_train, batch_size)[0] if "steps" in config.open else config.steps
     return RunConfig(**config.model_dump() | dict(batch_size=batch_size, steps=steps))
 
-# %% ../nbs/51_training.ipynb #b6dcb702
+# %% ../nbs/51_training.ipynb #8d469ee4
 def resolve(
     config: RunConfig,
     task: Task,          # what `prepare(config)` made of it
@@ -273,6 +264,7 @@ def resolve(
     if size is None: size, reasons["batch_size"] = choose_batch(config, task, device)
     if "steps" in config.open: reasons["steps"] = choose_steps(n, size)[1]
     if config.device == "auto": reasons["device"] = "there is a GPU" if device.type == "cuda" else "PyTorch sees no GPU here"
+    if config.lr == (usual := default_lr(config.adapter, config.backbone))[0] and config.steps != 0: reasons["lr"] = usual[1]
     if config.precision == "auto": reasons["precision"] = "auto: bf16 on a GPU, fp32 elsewhere"
     return with_budget(config, size, n), reasons | getattr(task.clip, "facts", {})
 
@@ -470,7 +462,7 @@ def evaluate(
     logits = predict_logits(model, eval_batches(task.cache, indices, batch_size, eval_transform(task.clip.preprocess)), device, autocast)
     return score(logits, task.items.targets[indices], task.groups)[0], logits
 
-# %% ../nbs/51_training.ipynb #eeb3448c
+# %% ../nbs/51_training.ipynb #e2c2ef71
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -478,13 +470,15 @@ def save_model(
 ) -> None:
     "Write what was trained, and the classes it answers with."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, LinearProbe): save_file({k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}, folder / "head.safetensors")
-    else: model.save_adapters(folder)
-    save_file({"text_features": task.text.detach().cpu().contiguous()}, folder / "text_features.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, LinearProbe): save_file({k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}, folder / "head.safetensors")
+        else: model.save_adapters(folder)
+        save_file({"text_features": task.text.detach().cpu().contiguous()}, folder / "text_features.safetensors")
+    except SafetensorError as e: raise OSError(f"could not write {folder} ({e}); free some space and start the same command again") from e
     write_json(folder / "classes.json", {"classnames": list(task.items.classnames), "words": list(task.words)})
 
-# %% ../nbs/51_training.ipynb #e5f6b6a2
+# %% ../nbs/51_training.ipynb #e78a3a0f
 def load_model(
     run,              # a run folder, or its path
     device="cpu",     # auto, cpu, cuda, …
@@ -498,9 +492,10 @@ def load_model(
         model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"])
         if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
         else: model.load_adapters(folder)
+        classes = {k: read_json(folder / "classes.json")[k] for k in ("classnames", "words")}
     except (OSError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: the saved model is damaged ({' '.join(str(e).split())[:200]}); delete the run folder and train again") from e
-    return model.to(device).eval(), clip, read_json(folder / "classes.json")
+    return model.to(device).eval(), clip, classes
 
 # %% ../nbs/51_training.ipynb #fccf38bb
 def make_accelerator(
@@ -795,7 +790,7 @@ def answer_shares(
     lambdas = {"ce": [0.0] * E, "logit-adjusted": [config.tau] * E, "balanced-softmax": [1.0] * E, "mme": config.lambdas}[config.loss]
     return torch.stack([effective_prior(sampling_prior(config.sampler, cls_num_list), cls_num_list, lam) for lam in lambdas])
 
-# %% ../nbs/51_training.ipynb #05e49fca
+# %% ../nbs/51_training.ipynb #ea5d1d04
 def _temperature(run, given, effective) -> float:
     "The temperature that is meant: fitted on the run's stored validation logits, or a number."
     if given is None: return 1.0
@@ -805,8 +800,8 @@ def _temperature(run, given, effective) -> float:
     try:
         with np.load(run.predictions_path) as stored: logits, targets = (stored.get(f"val_{k}") for k in ("logits", "targets"))
     except FileNotFoundError: logits = None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{run.predictions_path}: cannot be read ({' '.join(str(e).split())[:120]}); give temperature=1, or train the run again") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        raise ValueError(f"{run.predictions_path}: cannot be read (it is damaged); give temperature=1, or train the run again") from None
     if logits is not None: return fit_temperature(logits, targets, effective)
     warnings.warn(f"temperature: {run.name} kept no validation logits to fit it on; it stays 1", stacklevel=3)
     return 1.0

@@ -115,7 +115,7 @@ def test_a_folder_of_another_config_and_a_locked_one_are_left_alone(few_images, 
     run.path.mkdir(parents=True)
     run.config_path.write_text(json.dumps(whole.config | {"lr": 5}))
     code, line = dmrs(path)
-    assert code == 2 and "lr is 5 there and 0.003 here" in line
+    assert code == 2 and "lr is 5 there and 0.01 here" in line
     run.config_path.unlink()
     monkeypatch.setattr(RunFolder, "lock", lambda self: lock(self, timeout=0.05))
     with run.lock(): code, line = dmrs(path)
