@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'GROUPS', 'SETTING', 'PHRASES', 'MARKERS', 'Z', 'Run', 'lo
            'base_fields', 'labels', 'in_order', 'results', 'mean_std', 'summary', 'plot_shot_groups', 'plot_longtail',
            'plot_history', 'plot_per_class', 'plot_class_grid', 'plot_confusion', 'expert_table', 'plot_experts',
            'mistakes', 'plot_mistakes', 'wilson', 'failing_classes', 'class_looks', 'confused_pairs', 'plot_confusions',
-           'paired_gain', 'learning_curve', 'gain_per_doubling', 'plot_learning_curve', 'points', 'advice']
+           'paired_gain', 'learning_curve', 'gain_per_doubling', 'points', 'plot_learning_curve', 'advice']
 
 # %% ../nbs/53_report.ipynb #772f2927
 import json
@@ -773,7 +773,15 @@ def gain_per_doubling(
         rows.append((word, counts[-1, c], *gain))
     return pd.DataFrame(rows, columns=["class", "shots", "gain", "low", "high"])
 
-# %% ../nbs/53_report.ipynb #88b68c28
+# %% ../nbs/53_report.ipynb #2448e626
+def points(
+    share: float,  # a difference between shares
+) -> str:  # "+12", "−3", "0"
+    "Write a difference in percentage points."
+    n = round(100 * share)
+    return f"{n:+d}".replace("-", "−") if n else "0"
+
+# %% ../nbs/53_report.ipynb #05d31251
 def plot_learning_curve(
     runs: list,           # as for `learning_curve`
     classes: int | list = 7,  # how many of the lowest recall, or which (in words)
@@ -809,14 +817,6 @@ def _class_curve(ax, own, gain):
     ax.set(xlabel="training images")
     _tidy(ax)
     ax.set_title(f"{own['class'].iloc[0]}\n{said}", fontsize=8, loc="left")
-
-
-def points(
-    share: float,  # a difference between shares
-) -> str:  # "+12", "−3", "0"
-    "Write a difference in percentage points."
-    n = round(100 * share)
-    return f"{n:+d}".replace("-", "−") if n else "0"
 
 # %% ../nbs/53_report.ipynb #fd39168a
 def _cures(word: str, counts: dict, pairs: pd.DataFrame, gains, others: list) -> list:
