@@ -209,7 +209,7 @@ def test_a_full_disk_and_the_same_command_once_there_is_room(own, run, tmp_path,
     cache = own.parent / "cache" if warm else tmp_path / "cache"
     fields = dict(method=method, steps=0 if method == "zero-shot" else 2, checkpoint_every=1, cache_dir=str(cache))
     ask(tmp_path, own, **fields | dict(seed=-1))   # writes the config while there is room, and stops at the seed
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("-1", "0"))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"seed": -1', '"seed": 0'))
     with files_up_to(size): code, line = dmrs("run", tmp_path / "config.json", "--quiet")
     assert code == 2 and says in line and "File too large" in line
     assert not half_written(tmp_path) and not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("predictions.npz"))
@@ -246,7 +246,7 @@ def test_what_one_may_not_read_or_write(tmp_path, closed, says):
     for name in ("runs", "cache"): (tmp_path / name).mkdir(); (tmp_path / name).chmod(0o777)
     (tmp_path / "words.yaml").write_text("beach: sand")
     ask(tmp_path, root, class_words=str(tmp_path / "words.yaml"), seed=-1)
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("-1", "0"))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"seed": -1', '"seed": 0'))
     (tmp_path / closed).chmod(0o555 if closed in ("runs", "cache") else 0)
     with nobody(): code, line = dmrs("run", tmp_path / "config.json", "--quiet")
     (tmp_path / closed).chmod(0o755)
