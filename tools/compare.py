@@ -2,7 +2,7 @@
 
     python tools/compare.py nbs/benchmarks/specs/study_ucmerced.yaml [--workers 2] [--out runs/study_ucmerced]
 
-A second call goes on where the first one stopped. Beside the book are then kept, in results/<name of the spec>/: runs.csv (a row per run: its
+A second call goes on where the first one stopped, and a spec that has grown trains only what is not stored yet. Beside the book are then kept, in results/<name of the spec>/: runs.csv (a row per run: its
 config, its metrics on test and on validation), predictions.npz (the class that each run gave to each test and validation image), environment.json, and of the
 runs that the spec's `chosen` lists, config.json and metrics.json, which is what 02_results.ipynb reads.
 """
@@ -54,19 +54,30 @@ def row(result):
             | numbers(result["metrics"]) | numbers(result["val"], "val_") | {"trainable": result["parameters"]["trainable"], "train_s": round(result["timings"]["train_s"], 1)})
 
 
-def keep(runs, folder, whole=()):
-    "Store the finished runs as one table and one array of answers; those named in `whole` as run folders too."
-    runs = [run for run in runs if run.done]
+def stored(folder):
+    "What an earlier call kept: the table, and for each run the classes it answered with."
+    if not (folder / "runs.csv").exists(): return pd.DataFrame(columns=["run_id"]), {}
+    with np.load(folder / "predictions.npz") as kept:
+        return pd.read_csv(folder / "runs.csv"), {str(name): (kept["test_preds"][i], kept["val_preds"][i]) for i, name in enumerate(kept["run_id"])}
+
+
+def keep(configs, out, folder, whole=()):
+    "Store the finished runs as one table and one array of answers, beside those kept before; those named in `whole` as run folders too."
+    table, said = stored(folder)
+    runs = [run for config in configs if (run := RunFolder(out / config.run_id)).done]
     if not runs: return
     folder.mkdir(parents=True, exist_ok=True)
-    results = [run.result() for run in runs]
-    pd.DataFrame([row(r) for r in results]).to_csv(folder / "runs.csv", index=False, float_format="%.6g")
-    answers = [np.load(run.predictions_path) for run in runs]
+    results, answers = [run.result() for run in runs], [np.load(run.predictions_path) for run in runs]
     first = answers[0]
     assert all((a["test_paths"] == first["test_paths"]).all() for a in answers), "the runs were not judged on the same images"
-    said = {f"{part}_preds": np.stack([ensemble(torch.from_numpy(a[f"{part}_logits"])).argmax(-1).numpy().astype(np.uint8) for a in answers]) for part in ("test", "val")}
+    for run, a in zip(runs, answers):
+        said[run.name] = tuple(ensemble(torch.from_numpy(a[f"{part}_logits"])).argmax(-1).numpy().astype(np.uint8) for part in ("test", "val"))
+    table = pd.concat([table[~table.run_id.isin([run.name for run in runs])], pd.DataFrame([row(r) for r in results])]).set_index("run_id")
+    table = table.loc[[c.run_id for c in configs if c.run_id in table.index]].reset_index()
+    table.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
+    said = {f"{part}_preds": np.stack([said[name][i] for name in table.run_id]) for i, part in enumerate(("test", "val"))}
     true = {f"{part}_targets": first[f"{part}_targets"].astype(np.uint8) for part in ("test", "val")}
-    np.savez_compressed(folder / "predictions.npz", run_id=[r["run_id"] for r in results], words=results[0]["data"]["words"], **said, **true)
+    np.savez_compressed(folder / "predictions.npz", run_id=list(table.run_id), words=results[0]["data"]["words"], **said, **true)
     for run in runs:
         if run.name not in whole: continue
         (folder / run.name).mkdir(exist_ok=True)
@@ -82,15 +93,17 @@ def main():
     args = parser.parse_args()
     spec, out = yaml.safe_load(args.spec.read_text()), (args.out or ROOT / "runs" / args.spec.stem).resolve()
     os.chdir(ROOT)
-    todo, failed = cells(spec, out), []
+    folder = args.spec.resolve().parents[1] / "results" / args.spec.stem
+    every, failed, there = cells(spec, out), [], set(stored(folder)[0].run_id)
+    todo = [config for config in every if config.run_id not in there]
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), unit="run") as bar:
         for config, done in zip(todo, pool.map(lambda c: None if RunFolder(out / c.run_id).done else train(c, threads), todo)):
             bar.update(); bar.set_description(config.run_id)
             if done and done.returncode: failed.append(f"{config.run_id}: {(done.stderr.strip().splitlines() or [f'ended with exit code {done.returncode}'])[-1]}")
     chosen = [spec["base"] | fields for fields in spec.get("chosen", [])]
-    whole = {make_config(**fields | dict(seed=seed)).run_id for fields in chosen for seed in {config.seed for config in todo}}
-    keep([RunFolder(out / config.run_id) for config in todo], args.spec.resolve().parents[1] / "results" / args.spec.stem, whole)
+    whole = {make_config(**fields | dict(seed=seed)).run_id for fields in chosen for seed in {config.seed for config in every}}
+    keep(every, out, folder, whole)
     if failed: sys.exit("\n".join(failed))
 
 
