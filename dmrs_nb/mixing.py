@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTNERS', 'MIXINGS', 'partners', 'patch_mask', 'draw_beta', 'pixel_mask', 'kept_share', 'mix_patches',
-           'smooth_one_hot', 'mix_targets', 'draw_ratio', 'MixSSS', 'blend', 'box_mask', 'MixUp', 'CutMix', 'NoMixing',
-           'make_mixing']
+           'smooth_one_hot', 'mix_targets', 'draw_ratio', 'MixSSS', 'blend', 'box_mask', 'MixUp', 'CutMix',
+           'remix_share', 'Remix', 'CMO', 'NoMixing', 'make_mixing']
 
 # %% ../nbs/20_mixing.ipynb #ea531201
 import numpy as np
@@ -69,13 +69,13 @@ def kept_share(
 
 # %% ../nbs/20_mixing.ipynb #50f74e44
 def mix_patches(
-    images: torch.Tensor,   # (B, channels, H, W), any dtype
-    partner: torch.Tensor,  # (B,) positions in the batch
+    images: torch.Tensor,   # (n, channels, H, W), any dtype; the first B are mixed, usually all
+    partner: torch.Tensor,  # (B,) positions among the n
     mask: torch.Tensor,     # (B, rows, columns), 1 or True keeps the image, 0 takes the partner
 ) -> torch.Tensor:  # (B, channels, H, W)
     "Fill the cells that the mask gives up with the same cells of the partner."
     keep = pixel_mask(mask.to(images.device), *images.shape[-2:])[:, None]
-    return torch.where(keep, images, images[partner.to(images.device)])
+    return torch.where(keep, images[:len(partner)], images[partner.to(images.device)])
 
 # %% ../nbs/20_mixing.ipynb #7c289374
 def smooth_one_hot(
@@ -88,8 +88,8 @@ def smooth_one_hot(
 
 
 def mix_targets(
-    targets: torch.Tensor,  # (B,) class indices
-    partner: torch.Tensor,  # (B,) positions in the batch
+    targets: torch.Tensor,  # (n,) class indices; the first B are mixed, usually all
+    partner: torch.Tensor,  # (B,) positions among the n
     lam,                    # share that stays, 0..1: one number, or (B,)
     num_classes: int,       # C
     label_smoothing: float = 0.,  # ε, share spread evenly over all classes, 0..1
@@ -97,7 +97,7 @@ def mix_targets(
     "Soft labels: `lam` of the image's class and the rest of its partner's."
     own = smooth_one_hot(targets, num_classes, label_smoothing)
     lam = torch.as_tensor(lam, dtype=own.dtype, device=own.device).reshape(-1, 1)
-    return lam * own + (1 - lam) * own[partner.to(own.device)]
+    return lam * own[:len(partner)] + (1 - lam) * own[partner.to(own.device)]
 
 # %% ../nbs/20_mixing.ipynb #0e685665
 PARTNERS = {
@@ -151,6 +151,8 @@ def _check_similarity(
 # %% ../nbs/20_mixing.ipynb #b9e31cd7
 class MixSSS:
     "Mix each image with its semantically nearest class in the batch, cell by cell (Wang et al., 2025). ValueError on bad arguments."
+    draws = 1   # images drawn for each image of a step
+
     def __init__(self,
         similarity=None,           # (C, C) between class names; only partner="similar" needs it
         cells: int = 7,            # grid side
@@ -208,6 +210,8 @@ def box_mask(
 
 # %% ../nbs/20_mixing.ipynb #2c817c5d
 class _WithNeighbour:
+    draws = 1   # images drawn for each image of a step
+
     def __init__(self,
         num_classes: int,   # C
         alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays
@@ -240,13 +244,83 @@ class CutMix(_WithNeighbour):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, channels, H, W) mixed, (B, C) soft labels
         lam, partner = self.draw(len(targets))
         centre = torch.rand(2, generator=self.generator, device=self.generator.device).tolist()
-        mask = box_mask(*images.shape[-2:], lam, *centre).expand(len(images), -1, -1)
+        mask = box_mask(*images.shape[-2:], lam, *centre).expand(len(partner), -1, -1)
         kept = kept_share(mask, *images.shape[-2:])
         return mix_patches(images, partner, mask), mix_targets(targets, partner, kept, self.num_classes, self.label_smoothing)
+
+# %% ../nbs/20_mixing.ipynb #cd68bffb
+def remix_share(
+    lam: float,             # the image's share of the pixels, 0..1
+    own: torch.Tensor,      # (B,) training images of the image's class
+    partner: torch.Tensor,  # (B,) training images of its partner's class
+    kappa: float = 3.,      # how many times larger a class must be to be the majority, ≥ 1
+    tau: float = 0.5,       # share of the pixels below which the majority loses its label, 0..1
+) -> torch.Tensor:  # (B,) float32, the image's share of the label: 0, 1, or lam
+    "Share of the label under Remix: all for the rarer class where it fills enough of the picture, otherwise as in MixUp."
+    own, partner = own.double(), partner.double()
+    share = torch.full(own.shape, lam, dtype=torch.float32, device=own.device)
+    if lam < tau: share[own >= kappa * partner] = 0.
+    if 1 - lam < tau: share[partner >= kappa * own] = 1.
+    return share
+
+# %% ../nbs/20_mixing.ipynb #7c4a81d6
+class Remix(MixUp):
+    "MixUp whose label leans to the rarer class (Chou et al., 2020). ValueError on bad arguments."
+    def __init__(self,
+        num_classes: int,    # C
+        cls_num_list=None,   # (C,) numbers > 0: training images per class, in class order
+        kappa: float = 3.,   # how many times larger a class must be to be the majority, ≥ 1
+        tau: float = 0.5,    # share of the pixels below which the majority loses its label, 0..1
+        **kw,                # alpha, label_smoothing and generator, as MixUp
+    ):
+        super().__init__(num_classes, **kw)
+        if cls_num_list is None: raise ValueError("cls_num_list: Remix needs the training images per class, found None")
+        counts = torch.as_tensor(cls_num_list).detach().double()
+        if counts.shape != (num_classes,) or not ((counts > 0) & counts.isfinite()).all():
+            raise ValueError(f"cls_num_list: expected {num_classes} numbers above 0, found {counts.tolist()}")
+        if not kappa >= 1: raise ValueError(f"kappa: expected a ratio of at least 1, found {kappa}")
+        if not 0 <= tau <= 1: raise ValueError(f"tau: expected a share in [0, 1], found {tau}")
+        self.counts, self.kappa, self.tau = counts, kappa, tau
+
+    def __call__(self,
+        images: torch.Tensor,   # (B, channels, H, W) floating
+        targets: torch.Tensor,  # (B,) class indices
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, channels, H, W) mixed, (B, C) soft labels
+        lam, partner = self.draw(len(targets))
+        n = self.counts.to(targets.device)[targets]
+        share = remix_share(lam, n, n[partner.to(targets.device)], self.kappa, self.tau)
+        return blend(images, partner, lam), mix_targets(targets, partner, share, self.num_classes, self.label_smoothing)
+
+# %% ../nbs/20_mixing.ipynb #b0c30ceb
+class CMO(CutMix):
+    "Paste a box of a rare image on an image that came as images come (Park et al., 2022). ValueError on bad arguments."
+    draws = 2             # a step of B takes 2B images: B backgrounds drawn as they come, then B foregrounds
+    foreground = "class"  # the sampler of the foregrounds, a key of dmrs_nb.sampling.SAMPLERS
+    progress = None       # a training loop sets it, 0 at the start … 1 at the end; None: nobody tells, so always mix
+
+    def __init__(self,
+        num_classes: int,       # C
+        mix_prob: float = 0.5,  # probability that a step is mixed at all
+        plain=(0.02, 0.015),    # shares of the training without mixing, at its start and at its end; published: 4 and 3 of 200 epochs
+        **kw,                   # alpha, label_smoothing and generator, as CutMix
+    ):
+        super().__init__(num_classes, **kw)
+        _check_mixing(num_classes, self.alpha, self.label_smoothing, mix_prob)
+        if len(plain) != 2 or min(plain) < 0 or not sum(plain) < 1:
+            raise ValueError(f"plain: expected two shares of the training that leave some of it, found {plain}")
+        self.mix_prob, self.plain = mix_prob, tuple(plain)
+
+    def draw(self, batch):  # 2B -> (share of the background before any rounding, (B,) positions of the foregrounds)
+        if batch % 2: raise ValueError(f"images: CMO takes backgrounds and as many foregrounds, found {batch} images, an odd number")
+        on = self.progress is None or self.plain[0] <= self.progress < 1 - self.plain[1]
+        lam = draw_ratio(self.alpha, 1, self.mix_prob if on else 0., self.generator).item()
+        return lam, torch.arange(batch // 2, batch)
 
 # %% ../nbs/20_mixing.ipynb #d5c03371
 class NoMixing:
     "Images as they are; hard targets, or soft ones where there is label smoothing."
+    draws = 1   # images drawn for each image of a step
+
     def __init__(self,
         num_classes: int,             # C
         label_smoothing: float = 0.,  # share of the label spread over all classes
@@ -262,7 +336,7 @@ class NoMixing:
         return images, smooth_one_hot(targets, self.num_classes, self.label_smoothing) if self.label_smoothing else targets
 
 # %% ../nbs/20_mixing.ipynb #b73ea377
-MIXINGS = {"none": NoMixing, "mixsss": MixSSS, "mixup": MixUp, "cutmix": CutMix}
+MIXINGS = {"none": NoMixing, "mixsss": MixSSS, "mixup": MixUp, "cutmix": CutMix, "remix": Remix, "cmo": CMO}
 
 
 def make_mixing(
@@ -270,9 +344,11 @@ def make_mixing(
     num_classes: int,  # C
     similarity=None,   # (C, C) between class names, for "mixsss"
     generator: torch.Generator | None = None,  # None = one of its own, with torch's default seed
+    cls_num_list=None,  # (C,) training images per class, for "remix"
     **kw,              # further arguments of the mixing, such as `alpha` or `partner`
 ):  # callable on (images, targets)
     "Build a mixing by name. Raises ValueError for a name that is not known."
     check_name("mixing", name, MIXINGS)
     if name == "mixsss": kw["similarity"] = similarity
+    if name == "remix": kw["cls_num_list"] = cls_num_list
     return MIXINGS[name](num_classes=num_classes, generator=generator, **kw)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmrs_nb.compat
-from dmrs_nb.mixing import (MIXINGS, CutMix, MixSSS, MixUp, box_mask, kept_share, make_mixing, mix_patches, mix_targets, partners,
-                            patch_mask, pixel_mask)
+from dmrs_nb.mixing import (CMO, MIXINGS, CutMix, MixSSS, MixUp, Remix, box_mask, draw_ratio, kept_share, make_mixing, mix_patches, mix_targets,
+                            partners, patch_mask, pixel_mask, remix_share)
+from dmrs_nb.sampling import SAMPLERS, sampling_prior
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "golden.npz")
 CASES = ("similar", "one_class", "flip")
@@ -137,11 +138,17 @@ def test_cutmix_boxes_have_the_distribution_of_torchvision():
 
 # -- in somebody's loop ----------------------------------------------------------------------------------------------------------------
 
+def any_mixing(name, num_classes, generator=None, S=None):
+    "By name, with what each of them needs, and always mixing."
+    kw = dict(mix_prob=1.) if name == "cmo" else {}
+    return make_mixing(name, num_classes, torch.rand(num_classes, num_classes) if S is None else S, generator, cls_num_list=2 ** np.arange(num_classes), **kw)
+
+
 @pytest.mark.parametrize("name", MIXINGS)
 def test_only_the_generator_that_was_passed_in_is_used(name):
     x, y, S = torch.rand(6, 3, 16, 16), torch.arange(6), torch.rand(6, 6)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    draws = [make_mixing(name, 6, S, torch.Generator().manual_seed(s))(x, y) for s in (1, 1, 2)]
+    draws = [any_mixing(name, 6, torch.Generator().manual_seed(s), S)(x, y) for s in (1, 1, 2)]
     assert torch.get_rng_state().equal(torch_state) and (np.random.get_state()[1] == numpy_state).all()
     assert draws[0][0].equal(draws[1][0]) and draws[0][1].equal(draws[1][1])
     if name != "none": assert not draws[0][0].equal(draws[2][0])
@@ -150,7 +157,7 @@ def test_only_the_generator_that_was_passed_in_is_used(name):
 @pytest.mark.parametrize("name", MIXINGS)
 def test_reseeding_the_generator_repeats_a_step(name):
     """What a resumed run needs: a mixture that depends on the seed of its step and on nothing before it."""
-    mixing = make_mixing(name, 6, torch.rand(6, 6), torch.Generator())
+    mixing = any_mixing(name, 6, torch.Generator())
     x, y = torch.rand(6, 3, 16, 16), torch.arange(6)
     def step(): mixing.generator.manual_seed(42); return mixing(x, y)
     first = step()
@@ -158,26 +165,27 @@ def test_reseeding_the_generator_repeats_a_step(name):
     assert step()[0].equal(first[0]) and step()[1].equal(first[1])
 
 
-@pytest.mark.parametrize("name", ["mixsss", "cutmix"])
+@pytest.mark.parametrize("name", ["mixsss", "cutmix", "cmo"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64])
 def test_data_type_is_kept(name, dtype):
     x = (torch.rand(4, 3, 14, 14) * 255).to(dtype)
-    assert make_mixing(name, 4, torch.rand(4, 4), torch.Generator())(x, torch.arange(4))[0].dtype == dtype
+    assert any_mixing(name, 4, torch.Generator())(x, torch.arange(4))[0].dtype == dtype
 
 
 @pytest.mark.parametrize("name", MIXINGS)
 def test_the_caller_keeps_his_batch(name):
     x, y, S = torch.rand(4, 3, 14, 14), torch.arange(4), np.random.default_rng(0).random((4, 4))
     kept = x.clone(), y.clone(), S.copy()
-    make_mixing(name, 4, S)(x, y)
+    any_mixing(name, 4, S=S)(x, y)
     assert x.equal(kept[0]) and y.equal(kept[1]) and (S == kept[2]).all()
 
 
 @pytest.mark.parametrize("name", MIXINGS)
 def test_a_batch_of_one_is_itself(name):
-    x, y = torch.rand(1, 3, 14, 14), torch.tensor([2])
-    mixed, targets = make_mixing(name, 4, torch.rand(4, 4))(x, y)
-    torch.testing.assert_close(mixed, x)
+    draws = MIXINGS[name].draws
+    x, y = torch.rand(1, 3, 14, 14).repeat(draws, 1, 1, 1), torch.tensor([2] * draws)
+    mixed, targets = any_mixing(name, 4)(x, y)
+    torch.testing.assert_close(mixed, x[:1])
     assert (targets if targets.dim() == 1 else targets.argmax(1)).tolist() == [2]
 
 
