@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from .longtail import check_name
 
 # %% ../nbs/30_losses.ipynb #34b4bf03
-def expert_cross_entropy(
+def _expert_batch(
     logits: torch.Tensor,   # (E, B, C), or (B, C) for one model
     targets: torch.Tensor,  # (B,) class indices, or (B, C) soft labels whose rows sum to 1
-) -> torch.Tensor:  # () mean over experts and images, nats
-    "Cross-entropy of every expert against the same targets, averaged; in float32 at least. Raises ValueError on shapes."
+) -> tuple[torch.Tensor, torch.Tensor]:  # (E·B, C) logits in float32 at least; (E·B,) indices or (E·B, C) soft labels
+    "All experts as one long batch against the same targets. Raises ValueError on shapes."
     if logits.dim() == 2: logits = logits[None]
     if logits.dim() != 3: raise ValueError(f"logits: expected (E, B, C) or (B, C), found shape {tuple(logits.shape)}")
     E, B, C = logits.shape
@@ -26,8 +26,16 @@ def expert_cross_entropy(
         raise ValueError(f"targets: expected ({B},) class indices or ({B}, {C}) soft labels beside logits of shape {(E, B, C)}, "
                          f"found shape {tuple(targets.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    if targets.is_floating_point(): targets = targets.to(logits.dtype)
-    return F.cross_entropy(logits, targets.expand(E, *targets.shape).flatten(0, 1))
+    if targets.dim() == 2: targets = targets.to(logits.dtype)
+    return logits, targets.expand(E, *targets.shape).flatten(0, 1)
+
+
+def expert_cross_entropy(
+    logits: torch.Tensor,   # (E, B, C), or (B, C) for one model
+    targets: torch.Tensor,  # (B,) class indices, or (B, C) soft labels whose rows sum to 1
+) -> torch.Tensor:  # () mean over experts and images, nats
+    "Cross-entropy of every expert against the same targets, averaged; in float32 at least. Raises ValueError on shapes."
+    return F.cross_entropy(*_expert_batch(logits, targets))
 
 # %% ../nbs/30_losses.ipynb #0c1f5ca6
 class CrossEntropyLoss(nn.Module):
