@@ -211,7 +211,6 @@ def box_mask(
 # %% ../nbs/20_mixing.ipynb #2c817c5d
 class _WithNeighbour:
     draws = 1   # images drawn for each image of a step
-
     def __init__(self,
         num_classes: int,   # C
         alpha: float = 1.,  # Beta(alpha, alpha) for the share that stays
@@ -242,6 +241,7 @@ class CutMix(_WithNeighbour):
         images: torch.Tensor,   # (B, channels, H, W)
         targets: torch.Tensor,  # (B,) class indices
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, channels, H, W) mixed, (B, C) soft labels
+        if len(images) != len(targets): raise ValueError(f"targets: expected one for each of {len(images)} images, found {len(targets)}")
         lam, partner = self.draw(len(targets))
         centre = torch.rand(2, generator=self.generator, device=self.generator.device).tolist()
         mask = box_mask(*images.shape[-2:], lam, *centre).expand(len(partner), -1, -1)
@@ -263,7 +263,7 @@ def remix_share(
     if 1 - lam < tau: share[partner >= kappa * own] = 1.
     return share
 
-# %% ../nbs/20_mixing.ipynb #7c4a81d6
+# %% ../nbs/20_mixing.ipynb #959e5592
 class Remix(MixUp):
     "MixUp whose label leans to the rarer class (Chou et al., 2020). ValueError on bad arguments."
     def __init__(self,
@@ -274,10 +274,9 @@ class Remix(MixUp):
         **kw,                # alpha, label_smoothing and generator, as MixUp
     ):
         super().__init__(num_classes, **kw)
-        if cls_num_list is None: raise ValueError("cls_num_list: Remix needs the training images per class, found None")
-        counts = torch.as_tensor(cls_num_list).detach().double()
+        counts = torch.as_tensor([] if cls_num_list is None else cls_num_list).detach().double()
         if counts.shape != (num_classes,) or not ((counts > 0) & counts.isfinite()).all():
-            raise ValueError(f"cls_num_list: expected {num_classes} numbers above 0, found {counts.tolist()}")
+            raise ValueError(f"cls_num_list: Remix needs the training images of {num_classes} classes, each above 0; found {counts.tolist()}")
         if not kappa >= 1: raise ValueError(f"kappa: expected a ratio of at least 1, found {kappa}")
         if not 0 <= tau <= 1: raise ValueError(f"tau: expected a share in [0, 1], found {tau}")
         self.counts, self.kappa, self.tau = counts, kappa, tau
