@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmrs_nb.compat
-from dmrs_nb.mixing import (CMO, MIXINGS, CutMix, MixSSS, MixUp, Remix, box_mask, draw_ratio, kept_share, make_mixing, mix_patches, mix_targets,
+from dmrs_nb.mixing import (CMO, MIXINGS, CutMix, MixSSS, MixUp, Remix, box_mask, kept_share, make_mixing, mix_patches, mix_targets,
                             partners, patch_mask, pixel_mask, remix_share)
 from dmrs_nb.sampling import SAMPLERS, sampling_prior
 
@@ -136,13 +136,137 @@ def test_cutmix_boxes_have_the_distribution_of_torchvision():
     assert abs(np.std(mine) - np.std(theirs)) < 0.04
 
 
-# -- in somebody's loop ----------------------------------------------------------------------------------------------------------------
-
 def any_mixing(name, num_classes, generator=None, S=None):
     "By name, with what each of them needs, and always mixing."
     kw = dict(mix_prob=1.) if name == "cmo" else {}
     return make_mixing(name, num_classes, torch.rand(num_classes, num_classes) if S is None else S, generator, cls_num_list=2 ** np.arange(num_classes), **kw)
 
+
+# -- Remix and CMO ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("own, partner, lam, share", [
+    (90, 10, 0.4, 0.), (90, 10, 0.6, 0.6), (10, 90, 0.6, 1.), (10, 90, 0.4, 0.4),     # a rare class needs more than half of the pixels
+    (30, 10, 0.4, 0.), (29, 10, 0.4, 0.4), (10, 30, 0.6, 1.), (10, 29, 0.6, 0.6),      # three times is enough, less is not
+    (90, 10, 0.5, 0.5), (10, 90, 0.5, 0.5), (5, 5, 0.2, 0.2)])
+def test_whose_label_remix_gives(own, partner, lam, share):
+    assert remix_share(lam, torch.tensor([own]), torch.tensor([partner])).tolist() == pytest.approx([share])
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 9), counts=st.lists(st.integers(1, 200), min_size=1, max_size=6),
+       kappa=st.floats(1, 9), tau=st.floats(0, 1), smoothing=st.sampled_from([0., 0.1]))
+def test_remix_is_a_loop_in_numpy(seed, batch, counts, kappa, tau, smoothing):
+    C, rng = len(counts), np.random.default_rng(seed)
+    y, x = rng.integers(0, C, batch), rng.random((batch, 5))
+    build = lambda: Remix(C, counts, kappa, tau, label_smoothing=smoothing, generator=torch.Generator().manual_seed(seed))
+    lam = build().draw(batch)[0]
+    mixed, labels = build()(torch.tensor(x), torch.tensor(y))
+    for i in range(batch):
+        j = (i - 1) % batch
+        large, small = max(counts[y[i]], counts[y[j]]), min(counts[y[i]], counts[y[j]])
+        share_of_large = lam if counts[y[i]] == large else 1 - lam
+        expected, mine = np.full(C, smoothing / C), 1 - smoothing
+        if y[i] != y[j] and large >= kappa * small and share_of_large < tau and large > small: expected[y[i] if counts[y[i]] == small else y[j]] += mine
+        elif y[i] != y[j] and kappa == 1 and large == small: continue       # equal classes, no majority: not the rule's business
+        else: expected[y[i]] += mine * lam; expected[y[j]] += mine * (1 - lam)
+        np.testing.assert_allclose(labels[i], expected, atol=1e-6)
+        np.testing.assert_allclose(mixed[i], lam * x[i] + (1 - lam) * x[j])
+
+
+def test_remix_without_a_majority_is_torchvisions_mixup(monkeypatch):
+    from torchvision.transforms import v2
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs, labels = v2.MixUp(num_classes=6)(x, y)
+    for remix in (Remix(6, [7] * 6), Remix(6, [90, 50, 20, 9, 3, 1], tau=0.), Remix(6, [90, 50, 20, 9, 3, 1], kappa=float("inf"))):
+        monkeypatch.setattr(remix, "draw", lambda batch: (labels[0, 0].item(), torch.arange(batch).roll(1)))
+        torch.testing.assert_close(remix(x, y), (theirs, labels))
+    leans = Remix(6, [90, 50, 20, 9, 3, 1])
+    monkeypatch.setattr(leans, "draw", lambda batch: (labels[0, 0].item(), torch.arange(batch).roll(1)))
+    assert not leans(x, y)[1].equal(labels), "the counts matter"
+
+
+def test_remix_hands_the_rare_class_five_eighths():
+    remix, y = Remix(2, [100, 1], generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    rare = np.array([remix(torch.zeros(2, 1), y)[1][:, 1].tolist() for _ in range(3000)])
+    assert (abs(rare.mean(0) - 5 / 8) < 5 * rare.std(0) / 3000 ** 0.5).all(), "whoever is the partner"
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 6), classes=st.integers(1, 6), height=st.integers(1, 30), width=st.integers(1, 30),
+       mix_prob=st.sampled_from([0., 0.5, 1.]))
+def test_cmo_labels_are_the_share_of_pixels_and_backgrounds_are_the_first_half(seed, batch, classes, height, width, mix_prob):
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (2 * batch,), generator=g)
+    back, fore = targets[:batch], targets[batch:] + classes                   # foregrounds in colours of their own
+    mixed, labels = CMO(classes, mix_prob=mix_prob, generator=g)(painted(torch.cat([back, fore]), height, width), targets)
+    assert mixed.shape == (batch, 1, height, width) and labels.shape == (batch, classes)
+    colours = read_off(mixed, 2 * classes)
+    torch.testing.assert_close(colours[:, :classes] + colours[:, classes:], labels, atol=1e-6, rtol=0)
+    assert (colours.gather(1, back[:, None]) + colours.gather(1, fore[:, None]) > 1 - 1e-6).all(), "an image and its own foreground, nobody else"
+    if mix_prob == 0: assert mixed.equal(painted(back, height, width))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cmo_is_torchvisions_cutmix_of_a_background_and_a_foreground(seed, monkeypatch):
+    "Theirs mixes a batch with itself: of a pair, the first image takes its box from the second. The box is read off and put in."
+    from torchvision.transforms import v2
+    x, y = torch.rand(8, 3, 20, 33, generator=torch.Generator().manual_seed(seed)), torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])
+    pairs = []
+    for b in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)                                             # one box for all pairs
+            pairs.append([z[0] for z in v2.CutMix(num_classes=6)(x[[b, 4 + b]], y[[b, 4 + b]])])
+    theirs, labels = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    box = (theirs == x[:4]).all(1)
+    assert box.eq(box[0]).all() and not box.all()
+    monkeypatch.setattr("dmrs_nb.mixing.box_mask", lambda *_: box[0])
+    mixed, soft = CMO(6, mix_prob=1.)(x, y)
+    assert mixed.equal(theirs)
+    torch.testing.assert_close(soft, labels)
+
+
+def test_cmo_mixes_half_of_the_steps_and_none_at_the_ends_of_200_epochs():
+    cmo = CMO(2, generator=torch.Generator().manual_seed(0))
+    share = np.mean([cmo.draw(2)[0] < 1 for _ in range(2000)])
+    assert abs(share - 0.5) < 5 * 0.5 / 2000 ** 0.5
+    always = CMO(2, mix_prob=1.)
+    for epoch in range(200):
+        always.progress = epoch / 200
+        assert (always.draw(2)[0] < 1) == (3 < epoch < 200 - 3), epoch         # epochs counted from 0, as the authors' code compares them
+    always.plain, always.progress = (0., 0.), 0.
+    assert always.draw(2)[0] < 1
+
+
+def test_the_foreground_sampler_has_the_shares_of_the_published_weights():
+    counts = [70, 33, 9, 2]
+    weights = np.concatenate([[1 / n ** 1.0] * n for n in counts])              # one weight an image, exponent 1
+    drawn = list(torch.utils.data.WeightedRandomSampler(weights, 20000, generator=torch.Generator().manual_seed(0)))
+    theirs = np.bincount(np.repeat(np.arange(4), counts)[drawn], minlength=4) / 20000
+    assert CMO.foreground in SAMPLERS
+    np.testing.assert_allclose(sampling_prior(CMO.foreground, counts), theirs, atol=5 * (0.25 * 0.75 / 20000) ** 0.5)
+
+
+def test_gradient_of_cmo_goes_to_the_owner_of_the_pixel():
+    cmo, x = CMO(3, mix_prob=1.), torch.rand(4, 2, 5, 6, dtype=torch.float64).requires_grad_()
+    def mixed(x): cmo.generator.manual_seed(4); return cmo(x, torch.tensor([0, 1, 2, 2]))[0]
+    mixed(x).sum().backward()
+    assert (x.grad[:2] + x.grad[2:]).eq(1).all() and 0 < x.grad[2:].sum() < x.grad.sum()
+    assert torch.autograd.gradcheck(mixed, x)
+
+
+@pytest.mark.parametrize("name", MIXINGS)
+def test_a_step_draws_as_many_images_as_the_mixing_says(name):
+    draws = MIXINGS[name].draws
+    assert draws == (2 if name == "cmo" else 1)
+    x, y = torch.rand(6 * draws, 3, 8, 8), torch.arange(6 * draws) % 6
+    mixed, targets = any_mixing(name, 6)(x, y)
+    assert len(mixed) == len(targets) == 6
+    if targets.dim() == 2: torch.testing.assert_close(targets.sum(1), torch.ones(6))
+
+
+# -- in somebody's loop ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MIXINGS)
 def test_only_the_generator_that_was_passed_in_is_used(name):
@@ -196,7 +320,7 @@ def test_what_is_cut_out_does_not_leak():
     assert mix_patches(x, torch.tensor([1, 1]), upper)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("mixing", [MixUp(3), CutMix(3), MixSSS(torch.rand(3, 3), cells=2)])
+@pytest.mark.parametrize("mixing", [MixUp(3), CutMix(3), Remix(3, [9, 3, 1]), MixSSS(torch.rand(3, 3), cells=2)])
 def test_gradient_goes_to_whoever_is_in_the_picture(mixing):
     """One unit of gradient for each pixel of the mixture, split between the image and its partner."""
     x = torch.rand(3, 2, 4, 4, dtype=torch.float64).requires_grad_()
@@ -224,6 +348,18 @@ def test_published_ratio_is_one_a_batch_and_per_image_is_many():
     (dict(similarity=None, partner="random"), "num_classes: expected at least 1, found None")])
 def test_settings_that_cannot_be_meant(kw, sentence):
     with pytest.raises(ValueError, match=sentence): MixSSS(**{"similarity": torch.rand(3, 3), **kw})
+
+
+@pytest.mark.parametrize("build, sentence", [
+    (lambda: Remix(3), r"cls_num_list: Remix needs the training images of 3 classes"), (lambda: make_mixing("remix", 3), "cls_num_list"),
+    (lambda: Remix(3, [1, 2]), r"3 classes, each above 0; found \[1.0, 2.0\]"), (lambda: Remix(3, [1, 2, 0]), "each above 0"),
+    (lambda: Remix(3, [1, 2, float("nan")]), "each above 0"), (lambda: Remix(3, [1, 2, 3], kappa=0.5), "kappa: expected a ratio of at least 1, found 0.5"),
+    (lambda: Remix(3, [1, 2, 3], tau=2), "tau: expected a share"), (lambda: Remix(3, [1, 2, 3], alpha=0), "alpha"),
+    (lambda: CMO(3, mix_prob=1.5), "mix_prob.*found 1.5"), (lambda: CMO(3, alpha=-1), "alpha"), (lambda: CMO(3, plain=(0.5, 0.5)), "plain: .*leave some"),
+    (lambda: CMO(3)(torch.rand(3, 1, 4, 4), torch.arange(3)), "found 3 images, an odd number"),
+    (lambda: CMO(3)(torch.rand(4, 1, 4, 4), torch.arange(2)), "targets: expected one for each of 4 images, found 2")])
+def test_what_remix_and_cmo_refuse(build, sentence):
+    with pytest.raises(ValueError, match=sentence): build()
 
 
 def test_names_that_are_not_known():
