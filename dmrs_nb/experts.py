@@ -207,6 +207,8 @@ class MultiExpertCLIP(nn.Module):
         target_modules: tuple[str, ...] = ("out_proj",),  # of q, k, v, out_proj, c_fc, c_proj
         adapter: str = "lora",        # "lora", or "dense": full trainable copies, what the published code trains in effect
         generator: torch.Generator | None = None,  # CPU generator for the A matrices; None: a fresh one with seed 0
+        head: nn.Module | None = None,  # (E, B, D) → (E, B, C): a classifier that learns too (chapter 13); None: the fixed text features
+        logit_scale: float | None = None,  # factor of the cosines where the text features answer; None: CLIP's own
     ):
         super().__init__()
         check_rank(r, lora_dropout); check_experts(clip.model, text_features, num_experts, expert_blocks, adapter)
@@ -214,6 +216,8 @@ class MultiExpertCLIP(nn.Module):
         self.visual, self.__dict__["clip_model"] = clip.model.visual, clip.model  # the text encoder is not a part of this module
         self.register_buffer("text_features", text_features.detach().clone())
         self.register_buffer("logit_scale", clip.model.logit_scale.detach().clone().reshape(()))
+        if logit_scale is not None: self.logit_scale.fill_(logit_scale).log_()
+        self.head = head
         generator, depth = generator or torch.Generator().manual_seed(0), len(self.visual.transformer.resblocks)
         def make(weight, bias):
             if adapter == "dense": return DenseExperts(weight, bias, num_experts)
@@ -224,7 +228,8 @@ class MultiExpertCLIP(nn.Module):
         return expert_features(self.visual, self.adapters, images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) normalised → (E, B, C) float32
-        return expert_logits(self.image_features(images), self.text_features, self.logit_scale)
+        features = self.image_features(images)
+        return expert_logits(features, self.text_features, self.logit_scale) if self.head is None else self.head(features)
 
     def train(self, mode: bool = True):  # the frozen encoder always runs as in evaluation
         super().train(mode).visual.eval()

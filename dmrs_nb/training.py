@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'PASSES', 'LEAST_STEPS', 'MOST_STEPS', 'Task', 'clip_of', 'take_share', 'split_items', 'parts_reason',
-           'prepare', 'build_model', 'trainable', 'check_device', 'free_memory', 'image_memory', 'choose_batch',
-           'choose_steps', 'with_budget', 'resolve', 'precision_of', 'decisions', 'lr_at', 'step_seed',
+           'prepare', 'build_model', 'head_of', 'trainable', 'check_device', 'free_memory', 'image_memory',
+           'choose_batch', 'choose_steps', 'with_budget', 'resolve', 'precision_of', 'decisions', 'lr_at', 'step_seed',
            'FeatureBatches', 'budget', 'on_features', 'make_batches', 'make_optimizer', 'mixing_of', 'loss_of',
-           'Learner', 'predict_logits', 'score', 'looks_at', 'evaluate', 'save_model', 'load_model', 'make_accelerator',
-           'due', 'learn', 'fit', 'image_sources', 'read_image', 'find_run', 'answer_shares', 'Predictor',
-           'load_predictor', 'predict']
+           'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate', 'stored_cache', 'save_model',
+           'load_model', 'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache', 'frozen_features',
+           'first_stage', 'wait_for', 'second_stage', 'settle', 'fit', 'image_sources', 'read_image', 'find_run',
+           'answer_shares', 'Predictor', 'load_predictor', 'predict']
 
 # %% ../nbs/51_training.ipynb #9ddf9b33
 import csv
@@ -32,17 +33,22 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import dmrs_nb.compat
+from .adaptformer import AdaptFormerCLIP, tte_logits
 from .calibration import calibrated, estimate_prior, fit_temperature, read_prior
+from .classifiers import choose_tau, make_head, posthoc_bias, retrain_classifier, tau_normalise
 from .clip import CLIP, LinearProbe, encode_images, encode_text, load_clip, similarity
 from .config import RunConfig, default_lr, make_config
 from .data import DATASETS, IMAGE_SUFFIXES, Batches, ImageCache, Items, class_words, decode, eval_batches, eval_transform, load_items, train_transform, _read_one
+from .ensembles import make_loss, test_time_weights
 from .experts import MultiExpertCLIP
 from .longtail import Split, cls_num_list, longtail_split, nearest, shot_groups, shot_thresholds, thin
-from .losses import ensemble, effective_prior, make_loss
+from .losses import ensemble, effective_prior
 from .metrics import compute_metrics
-from .mixing import make_mixing
-from .runs import RunFolder, list_runs, read_json, write_atomic, write_json
+from .mixing import MIXINGS, make_mixing
+from .prompts import PromptCLIP, TextLoRA, TwoSidedCLIP
+from .runs import RunFolder, RunLocked, list_runs, read_json, write_atomic, write_json
 from .sampling import index_stream, sampling_prior
+from .tip_adapter import TipAdapter, cache_keys, tune
 
 # %% ../nbs/51_training.ipynb #60c27005
 @dataclass
@@ -141,12 +147,12 @@ def prepare(
     "Read, decode, split, load the CLIP and encode the class names; what was done before comes from the cache."
     items = load_items(config.data, config.data_root, cache_dir=config.cache_dir)
     known = DATASETS.get(config.data)
-    words = class_words(items.classnames, config.class_words or (known.words if known else None))
+    words = list(items.classnames) if config.class_words == "raw" else class_words(items.classnames, config.class_words or (known.words if known else None))
     clip = clip_of(config)
     cache = decode(items, clip.preprocess, cache_dir=config.cache_dir, bad_images=config.bad_images, progress=progress)
     split = split_items(items, config, cache.keep)
     text = encode_text(clip, words, config.templates, cache_dir=config.cache_dir)
-    *thresholds, reason = shot_thresholds(split.cls_num_list, known.thresholds if known else None)
+    *thresholds, reason = (*config.thresholds, "given") if config.thresholds else shot_thresholds(split.cls_num_list, known.thresholds if known else None)
     return Task(items, cache, split, clip, words, text, tuple(thresholds), reason, cache.bad, parts_reason(items, config, split))
 
 # %% ../nbs/51_training.ipynb #36b01e03
@@ -154,12 +160,30 @@ def build_model(
     config: RunConfig,
     clip: CLIP,
     text: torch.Tensor,  # (C, D) text features
+    words=None,          # C class words, for what trains the text side
+    cache=None,          # (keys (N, D), targets (N,)) of the training images, for Tip-Adapter
 ) -> torch.nn.Module:    # images (B, 3, S, S) → logits (E, B, C) or (B, C)
     "The model that a config asks for; what is random in it comes from the run's seed."
+    draws, blocks = torch.Generator().manual_seed(config.seed), None if config.expert_blocks == "all" else config.expert_blocks
     if config.adapter in ("none", "linear"): return LinearProbe(clip, text)
-    return MultiExpertCLIP(clip, text, num_experts=config.num_experts, r=config.lora_r, lora_alpha=config.lora_alpha,
-                           lora_dropout=config.lora_dropout, expert_blocks=None if config.expert_blocks == "all" else config.expert_blocks,
-                           target_modules=config.target_modules, adapter=config.adapter, generator=torch.Generator().manual_seed(config.seed))
+    if config.adapter == "prompt": return PromptCLIP(clip, words, config.context_tokens, draws)
+    if config.adapter in ("tip", "tip-f"): return TipAdapter(clip, text, *cache, len(text), trainable=config.adapter == "tip-f")
+    head = head_of(config, clip, text)
+    if config.adapter == "adaptformer": model = AdaptFormerCLIP(clip, text, head, config.bottleneck, blocks, draws)
+    else:
+        model = MultiExpertCLIP(clip, text, num_experts=config.num_experts, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                                expert_blocks=blocks, target_modules=config.target_modules, adapter=config.adapter, generator=draws, head=head, logit_scale=config.logit_scale)
+    if config.text_lora: model = TwoSidedCLIP(model, TextLoRA(clip, words, config.templates, config.lora_r, config.lora_alpha, config.lora_dropout, generator=draws))
+    if config.combine != "mean": model.register_buffer("expert_weights", torch.full((config.num_experts,), 1 / config.num_experts))
+    model.tte = config.tte
+    return model
+
+
+def head_of(config, clip, text) -> "torch.nn.Module | None":
+    "The classifier that learns, or that a second stage changes; None: the text features as they are."
+    if config.classifier == "text" and config.stage2 == "none": return None
+    head = make_head("linear" if config.classifier == "text" else config.classifier, text, config.logit_scale or clip.logit_scale)
+    return head.requires_grad_(config.classifier != "text")   # posthoc-la moves a bias, and trains nothing
 
 
 def trainable(
@@ -201,7 +225,7 @@ def image_memory(
     clip: CLIP,
 ) -> int:  # bytes
     "An estimate of what one more image in a training batch needs."
-    visual, trained = clip.model.visual, config.adapter in ("lora", "dense")
+    visual, trained = clip.model.visual, config.adapter in ("lora", "dense", "adaptformer")
     if not hasattr(visual, "transformer"): return 256 * clip.preprocess.image_size ** 2   # no ViT: 64 channels at full size
     T, w = visual.positional_embedding.shape[-2:]
     blocks = len(visual.transformer.resblocks) if config.expert_blocks == "all" else config.expert_blocks
@@ -295,8 +319,11 @@ def lr_at(
     step: int,          # 0 … steps − 1
     steps: int,         # T
     config: RunConfig,  # lr, warmup, schedule
+    per_epoch: int = 1, # steps an epoch, for schedule=one-cycle-epoch
 ) -> float:
     "The learning rate of a step."
+    if config.schedule == "one-cycle-epoch":   # from lr/25 up to lr in 30 % of the steps, but moved once an epoch: it hardly leaves lr/25
+        return config.lr / 25 * (1 + 24 * min(1.0, (step // per_epoch) / max(1.0, 0.3 * steps - 1)))
     rise = config.warmup * steps
     if step < rise: return config.lr * min(1.0, (step + 1) / rise)
     if config.schedule == "constant": return config.lr
@@ -340,7 +367,7 @@ def on_features(
     model: torch.nn.Module,
 ) -> bool:  # a probe whose images never change
     "Whether training can read features instead of images."
-    return isinstance(model, LinearProbe) and config.augment == "none" and config.mixing in ("none", "mixup")
+    return hasattr(model, "classify") and config.augment == "none" and config.mixing in ("none", "mixup")
 
 # %% ../nbs/51_training.ipynb #73cd9508
 def make_batches(
@@ -354,8 +381,11 @@ def make_batches(
     if on_features(config, model):
         features = encode_images(task.clip, eval_batches(task.cache, train, looks_at(config), eval_transform(task.clip.preprocess)))
         return FeatureBatches(features, targets, drawn, config.batch_size)
-    transform = train_transform(config.augment, task.clip.preprocess)
-    return Batches(task.cache, task.items.targets, train[drawn], config.batch_size, transform, seed=config.seed)
+    transform, size, rule = train_transform(config.augment, task.clip.preprocess), config.batch_size, MIXINGS[config.mixing]
+    if rule.draws == 2:   # foregrounds behind the backgrounds of each batch
+        front = index_stream(rule.foreground, targets, len(drawn), seed=config.seed + 2**32)
+        drawn, size = np.concatenate([drawn.reshape(-1, size), front.reshape(-1, size)], 1).ravel(), 2 * size
+    return Batches(task.cache, task.items.targets, train[drawn], size, transform, seed=config.seed)
 
 # %% ../nbs/51_training.ipynb #bf8d5dc8
 def make_optimizer(
@@ -364,9 +394,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "AdamW, or SGD with momentum."
     if config.optimizer == "adamw": return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(params, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
-
+# %% ../nbs/51_training.ipynb #41de764a
 def mixing_of(
     config: RunConfig,
     task: Task,
@@ -374,8 +404,11 @@ def mixing_of(
     "The mixing that a config asks for, with a generator of its own."
     kw = dict(label_smoothing=config.label_smoothing)
     if config.mix_alpha is not None: kw["alpha"] = config.mix_alpha
+    if config.mixing in ("mixsss", "cmo"): kw["mix_prob"] = config.mix_prob
+    if config.mixing == "remix": kw |= dict(cls_num_list=task.split.cls_num_list, kappa=config.mix_kappa, tau=config.mix_tau)
     if config.mixing == "mixsss":   # a class is never its own nearest, even where cosines are negative: hence the diagonal
-        kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, mix_prob=config.mix_prob, diagonal=-math.inf)
+        diagonal = -math.inf if config.mix_diagonal == "never" else 0.0
+        kw |= dict(similarity=similarity(task.text).cpu(), cells=config.mix_cells, partner=config.mix_partner, diagonal=diagonal)
     return make_mixing(config.mixing, len(task.words), generator=torch.Generator(), **kw)
 
 
@@ -384,8 +417,10 @@ def loss_of(
     task: Task,
 ) -> torch.nn.Module:  # (logits, targets) → scalar
     "The loss that a config asks for, on the class counts of the training part."
-    kw = dict(lambdas=config.lambdas) if config.loss == "mme" else dict(tau=config.tau) if config.loss == "logit-adjusted" else {}
-    return make_loss(config.loss, task.split.cls_num_list, num_experts=config.num_experts, **kw)
+    margins = dict(max_m=config.max_margin, s=config.logit_scale or task.clip.logit_scale, beta=0.9999 if config.beta is None else config.beta, defer=config.defer)
+    kw = {"mme": dict(lambdas=config.lambdas), "logit-adjusted": dict(tau=config.tau), "focal": dict(gamma=config.gamma), "sade": dict(tau=config.tau),
+          "class-balanced": dict(beta=0.999 if config.beta is None else config.beta), "ldam-drw": margins, "ride": margins | dict(diversity=config.diversity)}
+    return make_loss(config.loss, task.split.cls_num_list, num_experts=config.num_experts, **kw.get(config.loss, {}))
 
 # %% ../nbs/51_training.ipynb #5001fa6c
 @dataclass
@@ -399,12 +434,15 @@ class Learner:
     optimizer: object
     accelerator: object
     steps: int
+    per_epoch: int = 1           # steps an epoch
     looked: tuple | None = None  # metrics and logits of the last look at validation
 
     def step(self, t, images, targets) -> float:
         "Learn from batch `t`; returns its loss. Raises `FloatingPointError` when that is no number."
-        a, seed, lr = self.accelerator, self.config.seed, lr_at(t, self.steps, self.config)
+        a, seed, lr = self.accelerator, self.config.seed, lr_at(t, self.steps, self.config, self.per_epoch)
         if self.mix.generator is not None: self.mix.generator.manual_seed(step_seed(seed, t, 0))
+        for part in (self.mix, self.loss_fn):
+            if hasattr(part, "progress"): part.progress = t / self.steps
         mine = slice(a.process_index, None, a.num_processes) if self.head is self.model else slice(None)
         images, targets = (x[mine].to(a.device) for x in self.mix(images, targets))
         torch.manual_seed(step_seed(seed, t, 1 + a.process_index))
@@ -427,10 +465,18 @@ def predict_logits(
     was_training, parts = model.training, []
     model.eval()
     for images in batches:
-        with autocast(): logits = model(images.to(device))
+        with autocast(): logits = tte_logits(model, images.to(device)) if getattr(model, "tte", False) else model(images.to(device))
         parts.append((logits if logits.dim() == 3 else logits[None]).float().cpu())
     model.train(was_training)
     return torch.cat(parts, 1).numpy()
+
+
+def joined(
+    logits,   # (E, N, C)
+    weights,  # (E,) of experts that answer with one weighted mean of logits; None: each has probabilities of its own
+):            # (1, N, C), or the same
+    "The logits that the answers come from."
+    return logits if weights is None else (torch.as_tensor(weights).cpu().float()[:, None, None] * torch.as_tensor(logits)).sum(0, keepdim=True).numpy()
 
 
 def score(
@@ -460,9 +506,32 @@ def evaluate(
     indices = getattr(task.split, part)
     if not len(indices): raise ValueError(f"{part}: there are no images in this part; give val_size or test_size above 0")
     logits = predict_logits(model, eval_batches(task.cache, indices, batch_size, eval_transform(task.clip.preprocess)), device, autocast)
-    return score(logits, task.items.targets[indices], task.groups)[0], logits
+    return score(joined(logits, getattr(model, "expert_weights", None)), task.items.targets[indices], task.groups)[0], logits
 
 # %% ../nbs/51_training.ipynb #e2c2ef71
+def _save_part(model, folder):
+    "Everything that a model of ours has learnt, each part in its own file."
+    if not isinstance(model, MultiExpertCLIP): model.save(folder)
+    else:
+        model.save_adapters(folder)
+        if model.head is not None: model.head.save(folder)
+    if (weights := getattr(model, "expert_weights", None)) is not None: save_file({"expert_weights": weights.cpu()}, folder / "expert_weights.safetensors")
+
+
+def _load_part(model, folder):
+    if not isinstance(model, MultiExpertCLIP): model.load(folder)
+    else:
+        model.load_adapters(folder)
+        if model.head is not None: model.head.load(folder)
+    if (weights := getattr(model, "expert_weights", None)) is not None: weights.copy_(load_file(folder / "expert_weights.safetensors")["expert_weights"])
+
+
+def stored_cache(folder) -> tuple:
+    "Keys of unit length and targets, in the shapes that a saved Tip-Adapter has."
+    state = load_file(folder / "cache.safetensors")
+    return torch.nn.functional.normalize(state["keys"], dim=-1), state["values"].argmax(-1)
+
+
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -473,7 +542,7 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(model, LinearProbe): save_file({k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}, folder / "head.safetensors")
-        else: model.save_adapters(folder)
+        else: _save_part(model, folder)
         save_file({"text_features": task.text.detach().cpu().contiguous()}, folder / "text_features.safetensors")
     except SafetensorError as e: raise OSError(f"could not write {folder} ({e}); free some space and start the same command again") from e
     write_json(folder / "classes.json", {"classnames": list(task.items.classnames), "words": list(task.words)})
@@ -489,10 +558,11 @@ def load_model(
     config, folder = make_config(**run.config), run.adapter_path
     clip = clip_of(config, device)
     try:
-        model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"])
-        if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
-        else: model.load_adapters(folder)
         classes = {k: read_json(folder / "classes.json")[k] for k in ("classnames", "words")}
+        cache = stored_cache(folder) if config.adapter in ("tip", "tip-f") else None
+        model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"], classes["words"], cache)
+        if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        else: _load_part(model, folder)
     except (OSError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: the saved model is damaged ({' '.join(str(e).split())[:200]}); delete the run folder and train again") from e
     return model.to(device).eval(), clip, classes
@@ -576,8 +646,11 @@ def _row(learner, task, done, losses, look) -> dict:
     "A row of history, with validation metrics when it is time to look."
     c, a = learner.config, learner.accelerator
     row = dict(step=done, epoch=done * c.batch_size / len(task.split.train), lr=lr_at(done - 1, learner.steps, c), loss=float(np.mean(losses)))
-    if not look or not len(task.split.val): return row
-    learner.looked = metrics, _ = evaluate(a.unwrap_model(learner.model), task, "val", looks_at(c), a.device, a.autocast)
+    if not look: return row
+    see = lambda part: evaluate(a.unwrap_model(learner.model), task, part, looks_at(c), a.device, a.autocast)
+    if c.select == "best-test": row["test_acc1"] = drawn_metrics(c, task, see("test")[1], a.unwrap_model(learner.model))["acc1"]
+    if not len(task.split.val): return row
+    learner.looked = metrics, _ = see("val")
     return row | {f"val_{k}": metrics[k] for k in ("acc1", "mean_per_class_recall", "many", "medium", "few")}
 
 # %% ../nbs/51_training.ipynb #ab30b985
@@ -609,8 +682,8 @@ def learn(
 # %% ../nbs/51_training.ipynb #8a3278b1
 def _better(best, row, learner):
     "The best look at validation so far, when the config keeps it."
-    value = row.get("val_mean_per_class_recall")
-    if learner.config.select != "best-val" or value is None or (best and best["value"] >= value): return best
+    value = row.get({"best-val": "val_mean_per_class_recall", "best-test": "test_acc1"}.get(learner.config.select))
+    if value is None or (best and best["value"] >= value): return best
     return dict(value=value, step=row["step"], weights=_state(learner)["weights"])
 
 
@@ -627,11 +700,13 @@ def _learner(config, task, accelerator) -> Learner:
     "Put model, loss, mixing and optimiser of a config together."
     task.clip.model.to(accelerator.device)
     task.text = task.text.to(accelerator.device)
-    model = build_model(config, task.clip, task.text).to(accelerator.device)
-    prepared, optimizer = accelerator.prepare(model, make_optimizer(trainable(model).values(), config))
+    cache = tip_cache(config, task) if config.adapter in ("tip", "tip-f") else None
+    model = build_model(config, task.clip, task.text, task.words, cache).to(accelerator.device)
+    params = list(trainable(model).values())
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(params, config)) if params else (model, None)
     head = model.classify if on_features(config, model) else prepared
     return Learner(config, prepared, head, loss_of(config, task).to(accelerator.device), mixing_of(config, task), optimizer, accelerator,
-                   budget(config, len(task.split.train)))
+                   budget(config, len(task.split.train)), max(1, math.ceil(len(task.split.train) / config.batch_size)))
 
 
 def _check_parts(config, task):
@@ -662,6 +737,124 @@ def _enough_memory(config, device):
         smaller = f"a smaller batch_size ({config.batch_size // 2})" if config.batch_size > 1 else "a smaller backbone"
         raise MemoryError(f"batch_size: {config.batch_size} images a step do not fit into the memory of {device}; give {smaller}, "
                           "or adapters in fewer blocks (expert_blocks=2)") from e
+
+# %% ../nbs/51_training.ipynb #a2ce6857
+def drawn_metrics(
+    config: RunConfig,
+    task: Task,
+    logits,             # (E, N, C) of the test part
+    model,
+) -> dict:
+    "Metrics of the test images as they are, or of as many class-balanced random draws from them (test_draw=class)."
+    targets, seen = task.items.targets[task.split.test], np.arange(len(task.split.test))
+    if config.test_draw == "class":   # random classes, each dealt from its own deck: some images twice, some never
+        present, own = np.unique(targets, return_inverse=True)
+        seen = index_stream("class", own, len(targets), seed=step_seed(config.seed, 0, 99) % 2**32)
+    return score(joined(logits, getattr(model, "expert_weights", None))[:, seen], targets[seen], task.groups)[0]
+
+
+def tip_cache(
+    config: RunConfig,
+    task: Task,
+) -> tuple:  # keys (N, D) of unit length, targets (N,)
+    "Each training image's features: the mean direction of several random views."
+    train, transform = task.split.train, train_transform(config.augment, task.clip.preprocess)
+    rounds = (Batches(task.cache, task.items.targets, train, 128, transform, seed=step_seed(config.seed, view, 98)) for view in range(config.tip_views))
+    return cache_keys(task.clip, ((seen[i][0] for i in range(len(seen))) for seen in rounds)), torch.as_tensor(task.items.targets[train])
+
+
+def frozen_features(
+    model: torch.nn.Module,  # MultiExpertCLIP with one expert
+    task: Task,
+    part: str,               # "train", "val" or "test"
+    config: RunConfig,
+    device="cpu",
+    autocast=nullcontext,
+) -> torch.Tensor:           # (N, D) unit length, on the CPU
+    "What a trained encoder makes of a part, images as they are."
+    batches, found = eval_batches(task.cache, getattr(task.split, part), looks_at(config), eval_transform(task.clip.preprocess)), []
+    with torch.inference_mode():
+        for images in batches:
+            with autocast(): found.append(model.image_features(images.to(device))[0].float().cpu())
+    return torch.cat(found) if found else torch.zeros(0, task.text.shape[1])
+
+# %% ../nbs/51_training.ipynb #d64a3f4a
+def first_stage(
+    config: RunConfig,  # with a stage2
+) -> RunConfig:         # the run that it begins from, an ordinary one of recipe `ce`
+    "The same settings, without the second stage."
+    usual = {f: RunConfig.model_fields[f].default for f in ("stage2", "stage2_lr", "stage2_epochs", "tau")}
+    return RunConfig(**config.model_dump() | usual | dict(method="ce"))
+
+
+def wait_for(
+    config: RunConfig,
+    task: Task,
+    progress: bool = True,
+    patience: float = 6 * 3600,  # seconds
+) -> RunFolder:                  # finished
+    "Train a run, or wait while another process does."
+    for _ in range(max(1, int(patience / 2))):
+        try: return fit(config, progress=progress, task=task)
+        except RunLocked: time.sleep(2)
+    return fit(config, progress=progress, task=task)
+
+
+def second_stage(
+    learner,             # its model gets the first stage's adapters and a new classifier
+    task: Task,
+    callback=None,
+    progress: bool = True,
+) -> float:              # seconds of training, of both stages
+    "Begin from the finished first stage and change its classifier."
+    config, a, model = learner.config, learner.accelerator, learner.accelerator.unwrap_model(learner.model)
+    first = wait_for(first_stage(config), task, progress)
+    clock, before = time.perf_counter(), load_model(first, "cpu")[0]
+    own = model.head
+    model.load_state_dict({k: v for k, v in before.state_dict().items() if k.startswith("adapters.")}, strict=False)
+    if before.head is not None: own.load_state_dict(before.head.state_dict())
+    model.eval()
+    with torch.no_grad(): changed = _STAGE2[config.stage2](learner, task, lambda part: frozen_features(model, task, part, config, a.device, a.autocast))
+    own.load_state_dict(own.state_dict() | changed)
+    learner.looked = None
+    return first.result()["timings"]["train_s"] + time.perf_counter() - clock
+
+# %% ../nbs/51_training.ipynb #90845f75
+def _posthoc(learner, task, features): return dict(bias=posthoc_bias(task.split.cls_num_list, learner.config.tau) / learner.accelerator.unwrap_model(learner.model).head.scale)
+
+
+def _tau_norm(learner, task, features):
+    if not len(task.split.val): raise ValueError("stage2=tau-norm: tau is chosen on validation, and there is no validation part; give val_size above 0")
+    weight = learner.accelerator.unwrap_model(learner.model).head.weight.detach().cpu()
+    tau = choose_tau(weight, features("val"), torch.as_tensor(task.items.targets[task.split.val]))
+    learner.chosen = dict(stage2_tau=tau)
+    return dict(weight=tau_normalise(weight, tau), bias=torch.zeros(len(weight)))
+
+
+def _crt(learner, task, features):
+    config, targets = learner.config, task.items.targets[task.split.train]
+    steps = math.ceil(config.stage2_epochs * len(targets) / config.batch_size)
+    with torch.enable_grad():
+        return retrain_classifier(features("train"), targets, len(task.words), steps, config.batch_size, config.stage2_lr, generator=torch.Generator().manual_seed(config.seed),
+                                  scale=learner.accelerator.unwrap_model(learner.model).head.scale)
+
+
+_STAGE2 = {"posthoc-la": _posthoc, "tau-norm": _tau_norm, "crt": _crt}
+
+
+def settle(
+    learner,
+    task: Task,
+) -> None:
+    "What is decided once training is over: alpha and beta of Tip-Adapter on validation, weights of experts on unlabelled test images."
+    config, a, model = learner.config, learner.accelerator, learner.accelerator.unwrap_model(learner.model)
+    if config.adapter in ("tip", "tip-f") and len(task.split.val):
+        features = encode_images(task.clip, eval_batches(task.cache, task.split.val, looks_at(config), eval_transform(task.clip.preprocess)))
+        tune(model, features, torch.as_tensor(task.items.targets[task.split.val]))
+    if config.combine == "test-time":
+        views = [Batches(task.cache, task.items.targets, task.split.test, looks_at(config), train_transform("aerial", task.clip.preprocess), seed=step_seed(config.seed, v, 97)) for v in (0, 1)]
+        seen = [torch.from_numpy(predict_logits(model, (b[i][0] for i in range(len(b))), a.device, a.autocast)) for b in views]
+        model.expert_weights.copy_(test_time_weights(*seen))
 
 # %% ../nbs/51_training.ipynb #c788eb1d
 def fit(
@@ -695,9 +888,12 @@ def _fit(learner, task, run, clock, callback, progress):
     if task.bad and a.is_main_process: _write_bad(run, task.bad)
     if config.tensorboard: a.project_configuration.logging_dir = str(run.path); a.init_trackers("tensorboard")
     learner.model.train()
-    if learner.steps: ended = learn(learner, task, make_batches(config, task, model), run, callback, progress)
+    if config.stage2 != "none": ended["train_s"] = second_stage(learner, task, callback, progress)
+    elif learner.steps and trainable(model): ended = learn(learner, task, make_batches(config, task, model), run, callback, progress)
     if ended["best"]: _restore(model, ended["best"]["weights"])
     if ended["best"] and ended["best"]["step"] != learner.steps: learner.looked = None   # at other weights than those that are kept
+    if not len(trainable(model)) or config.adapter == "tip-f": learner.looked = None
+    settle(learner, task)
     a.wait_for_everyone()
     if a.is_main_process: _finish(learner, task, run, dict(prepare_s=prepared, train_s=ended["train_s"]), clock)
     a.wait_for_everyone()
@@ -719,7 +915,8 @@ def _finish(learner, task, run, timings, clock):
     look = lambda part: evaluate(model, task, part, looks_at(learner.config), a.device, a.autocast)
     parts = {p: learner.looked if p == "val" and learner.looked else look(p) for p in ("val", "test") if len(getattr(task.split, p))}
     targets = {p: task.items.targets[getattr(task.split, p)] for p in parts}
-    predictions = {f"{p}_{k}": v for p, (_, z) in parts.items() for k, v in (("logits", z), ("targets", targets[p]))}
+    weights = getattr(model, "expert_weights", None)
+    predictions = {f"{p}_{k}": v for p, (_, z) in parts.items() for k, v in (("logits", joined(z, weights)), ("targets", targets[p]))}
     predictions["test_paths"] = np.array([task.items.paths[i] for i in task.split.test])
     save_model(model, task, run.adapter_path)
     trained = sum(p.numel() for p in trainable(model).values())
@@ -728,7 +925,9 @@ def _finish(learner, task, run, timings, clock):
                  data=task.summary(), steps=learner.steps,
                  place=dict(device=a.device.type, precision=a.mixed_precision, processes=a.num_processes, workers=learner.config.workers),
                  parameters=dict(trainable=trained if learner.steps else 0, total=trained + sum(p.numel() for p in task.clip.model.parameters())))
-    run.finish(parts["test"][0], predictions, timings, extra=extra)
+    if weights is not None: extra["expert_weights"] = [round(w, 6) for w in weights.tolist()]
+    metrics = parts["test"][0] if learner.config.test_draw == "all" else drawn_metrics(learner.config, task, parts["test"][1], model)
+    run.finish(metrics, predictions, timings, extra=extra)
 
 # %% ../nbs/51_training.ipynb #28c13908
 def image_sources(
