@@ -13,7 +13,7 @@ from dmrs_nb.longtail import IMB_TYPES, ORDERS, class_order, img_num_per_cls, lo
 from dmrs_nb.metrics import (accuracy, cohen_kappa, compute_metrics, confusion_matrix, confusion_metrics, macro_f1, mean_per_class_recall,
                              per_class_recall)
 from dmrs_nb.mixing import MIXINGS, make_mixing
-from dmrs_nb.sampling import SAMPLERS, expected_draws, index_stream, sampling_prior
+from dmrs_nb.sampling import SAMPLERS, index_stream, sampling_prior
 
 
 def fuzz(examples):
@@ -203,12 +203,14 @@ def test_each_mixing_gives_away_as_much_as_its_formula_says(name, given_away, to
 def test_samplers_draw_every_class_as_often_as_promised(name, seed, counts, order):
     targets = [c for c, k in enumerate(counts) for _ in range(k)]
     order.shuffle(targets)
-    n = int(np.ceil(30 / sampling_prior(name, counts).min()))                   # to miss a class then has a chance of about e^-30
+    size = np.array(counts) / len(targets)
+    shares = {"instance": size, "class": np.full(len(size), 1 / len(size)), "sqrt": size ** 0.5 / (size ** 0.5).sum(), "progressive": (size + 1 / len(size)) / 2}[name]
+    n = max(600, int(np.ceil(30 / shares.min())))                               # to miss a class then has a chance of about e^-30
     drawn = index_stream(name, targets, n, seed)
     assert len(drawn) == n and 0 <= drawn.min() and drawn.max() < len(targets)
-    found, promised = np.bincount(np.array(targets)[drawn], minlength=len(counts)), expected_draws(name, counts, n, 0.5)
-    assert found.min() > 0
-    assert (abs(found - promised) <= 6 * np.sqrt(promised) + 1).all()
+    found = np.bincount(np.array(targets)[drawn], minlength=len(counts))
+    assert found.min() > 0 and (abs(found - n * shares) <= 6 * np.sqrt(n * shares) + 1).all()
+    np.testing.assert_allclose(sampling_prior(name, counts, 0.5), shares)
     if name == "instance" and n >= len(targets): assert len(set(drawn[:len(targets)].tolist())) == len(targets)
 
 
