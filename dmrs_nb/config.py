@@ -249,8 +249,8 @@ METHODS = {   # zero-shot and few parameters
 # %% ../nbs/50_config.ipynb #07adf157
 METHODS |= {   # adapters inside CLIP
     "ce": dict(title="one LoRA, cross-entropy", source="Hu et al., ICLR 2022", fields=_ONE_LORA),
-    "clip-lora": dict(title="LoRA on q, k, v of all blocks of both encoders", source="Zanella and Ben Ayed, CVPRW 2024", note="500 steps an image of the shot, batch 32",
-                      fields=_ONE_LORA | dict(text_lora=True, target_modules=("q", "k", "v"), expert_blocks="all", lora_r=2, lora_alpha=1.0, lora_dropout=0.25,
+    "clip-lora": dict(title="LoRA on q, k, v of all blocks of both encoders", source="Zanella and Ben Ayed, CVPRW 2024", note="their code scales by alpha ÷ √r: their alpha of 1 at rank 2 is √2 here; 500 steps an image of the shot, batch 32",
+                      fields=_ONE_LORA | dict(text_lora=True, target_modules=("q", "k", "v"), expert_blocks="all", lora_r=2, lora_alpha=2**0.5, lora_dropout=0.25,
                                               templates="clip", lr=2e-4, weight_decay=1e-2)),
     "lift": dict(title="AdaptFormer in every block, cosine classifier, logit adjustment", source="Shi et al., ICML 2024",
                  fields=dict(adapter="adaptformer", classifier="cosine", logit_scale=25.0, loss="logit-adjusted", tau=1.0, sampler="instance", mixing="none",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'READERS', 'FORMATS', 'open_clip_config', 'write_open_clip', 'linear_part', 'log_correction', 'Classifier',
-           'classifier_of', 'average_experts', 'average_of', 'write_torch_export', 'write_onnx', 'read_pixels',
-           'read_safetensors', 'read_onnx', 'read_torch_export', 'classify', 'bundle', 'predict_script',
+           'encoder_of', 'classifier_of', 'average_experts', 'average_of', 'write_torch_export', 'write_onnx',
+           'read_pixels', 'read_safetensors', 'read_onnx', 'read_torch_export', 'classify', 'bundle', 'predict_script',
            'answers_without_kit', 'check_export', 'export', 'summary']
 
 # %% ../nbs/55_export.ipynb #ce06ec84
@@ -36,6 +36,7 @@ from torch import nn
 import dmrs_nb.compat
 import open_clip
 
+from .adaptformer import AdaptFormerCLIP
 from .calibration import calibrated, fit_temperature, negative_log_likelihood
 from .checkpoints import CHECKPOINTS
 from .clip import CLIP, LinearProbe
@@ -45,7 +46,9 @@ from .data import _shortest, eval_batches, eval_transform, to_rgb
 from .experts import MultiExpertCLIP
 from .longtail import check_name
 from .metrics import compute_metrics
+from .prompts import TwoSidedCLIP
 from .runs import RunFolder, write_json
+from .tip_adapter import TipAdapter
 from .training import find_run, image_sources, load_predictor, prepare, read_image
 
 # %% ../nbs/55_export.ipynb #9eb466b1
@@ -80,10 +83,13 @@ def write_open_clip(
 
 # %% ../nbs/55_export.ipynb #c767856c
 def linear_part(
-    model: nn.Module,  # LinearProbe or MultiExpertCLIP
+    model: nn.Module,  # any model of training.build_model but Tip-Adapter
 ) -> tuple[torch.Tensor, torch.Tensor]:  # weight (C, D), bias (C,), on the CPU
     "The classifier behind the encoder: logits are unit features @ weight.T + bias."
-    if isinstance(model, LinearProbe): weight, bias = model.logit_scale * model.head.weight, model.logit_scale * model.head.bias
+    head = getattr(model, "head", None)
+    if isinstance(model, LinearProbe): weight, bias = model.logit_scale * head.weight, model.logit_scale * head.bias
+    elif hasattr(model, "linear_part"): weight, bias = model.linear_part()
+    elif head is not None: weight, bias = head.linear_part()
     else: weight, bias = model.logit_scale.exp() * model.text_features, torch.zeros(len(model.text_features))
     return weight.detach().cpu().float(), bias.detach().cpu().float()
 
@@ -104,35 +110,49 @@ def log_correction(
 class Classifier(nn.Module):
     "Normalised images (B, 3, S, S) in, probabilities (B, C) out: all that a graph has to compute."
     def __init__(self,
-        encoder: nn.Module,         # MultiExpertCLIP, or one image tower of open_clip
+        encoder: nn.Module,         # something with image_features, or one image tower of open_clip
         weight: torch.Tensor,       # (C, D)
         bias: torch.Tensor,         # (C,)
-        correction: torch.Tensor,   # (E, C) of log_correction
+        correction: torch.Tensor,   # (E, C) of log_correction; (1, C) with join
         temperature: float = 1.0,   # T > 0
+        join=None,                  # (E,) of experts that answer with one weighted mean of logits; None: each has probabilities of its own
+        cache=None,                 # TipAdapter that answers instead of weight and bias
     ):
         super().__init__()
-        self.encoder, self.temperature = encoder, temperature
-        for name, value in dict(weight=weight, bias=bias, correction=correction).items(): self.register_buffer(name, value)
+        self.encoder, self.temperature, self.cache = encoder, temperature, cache
+        for name, value in dict(weight=weight, bias=bias, correction=correction, join=join).items(): self.register_buffer(name, value)
         self.eval().requires_grad_(False)
 
-    def logits(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) → (E, B, C)
+    def logits(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) → (E, B, C), or (1, B, C) with join
         e = self.encoder
-        features = e.image_features(images) if isinstance(e, MultiExpertCLIP) else F.normalize(e(images), dim=-1)[None]
-        return F.linear(features, self.weight, self.bias)
+        features = e.image_features(images) if hasattr(e, "image_features") else F.normalize(e(images), dim=-1)[None]
+        if self.cache is not None: return self.cache.classify(features[0])[None]
+        logits = F.linear(features, self.weight, self.bias)
+        return logits if self.join is None else (self.join[:, None, None] * logits).sum(0, keepdim=True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) → (B, C)
         return (self.logits(images) / self.temperature + self.correction[:, None]).softmax(-1).mean(0)
 
 # %% ../nbs/55_export.ipynb #522db461
+def encoder_of(
+    predictor,  # of training.load_predictor
+) -> nn.Module:  # MultiExpertCLIP, AdaptFormerCLIP, or a plain image tower of open_clip
+    "What turns images into features."
+    model = predictor.model.image_model if isinstance(predictor.model, TwoSidedCLIP) else predictor.model
+    if isinstance(model, MultiExpertCLIP): return model if model.num_experts > 1 else model.merged(0).visual
+    return model if isinstance(model, AdaptFormerCLIP) else predictor.clip.model.visual
+
+
 def classifier_of(
     predictor,  # of training.load_predictor, on the CPU
 ) -> Classifier:
-    "The module that answers what a predictor answers."
-    model, (weight, bias) = predictor.model, linear_part(predictor.model)
-    experts = isinstance(model, MultiExpertCLIP)
-    encoder = predictor.clip.model.visual if not experts else model if model.num_experts > 1 else model.merged(0).visual
-    correction = log_correction(predictor.effective, predictor.prior, model.num_experts if experts else 1, len(weight))
-    return Classifier(encoder, weight, bias, correction, predictor.temperature)
+    "The module that answers what a predictor answers. Raises `ValueError` for test-time ensembling."
+    model, C = predictor.model, len(predictor.words)
+    if getattr(model, "tte", False): raise ValueError("export: the run answers for five crops of each image (tte), which an exported graph does not make; train it with tte=false")
+    join, cache = getattr(model, "expert_weights", None), model if isinstance(model, TipAdapter) else None
+    weight, bias = (torch.zeros(C, 1), torch.zeros(C)) if cache is not None else linear_part(model)
+    E = 1 if join is not None else getattr(model, "num_experts", 1)
+    return Classifier(encoder_of(predictor), weight, bias, log_correction(predictor.effective, predictor.prior, E, C), predictor.temperature, join, cache)
 
 # %% ../nbs/55_export.ipynb #28b00fbc
 @torch.no_grad()
@@ -165,7 +185,7 @@ def average_of(
     "The average of the experts with a prior and a temperature of its own."
     merged, (weight, bias), E = average_experts(predictor.model), linear_part(predictor.model), predictor.model.num_experts
     correction = log_correction(predictor.effective, predictor.prior, E, len(weight)).mean(0, keepdim=True)
-    classifier = Classifier(merged.visual, weight, bias, correction, predictor.temperature)
+    classifier = Classifier(merged.visual, weight, bias, correction, predictor.temperature)   # one model: nothing is joined any more
     if (seen := _validation(run, classifier)) is None: return classifier, merged, {}
     before, after, targets, groups = seen
     effective = None if predictor.effective is None else np.exp(np.log(np.asarray(predictor.effective)).mean(0))
@@ -236,6 +256,7 @@ def read_safetensors(folder, info):
         with torch.inference_mode():
             features = torch.stack([t.encode_image(torch.from_numpy(images), normalize=True) for t in towers])
             logits = features @ head["weight"].T + head["bias"]
+            if "join" in head: logits = (head["join"][:, None, None] * logits).sum(0, keepdim=True)
             return (logits / info["temperature"] + head["correction"][:, None]).softmax(-1).mean(0).numpy()
     return answer
 
@@ -333,7 +354,8 @@ def predict_script(
 # %% ../nbs/55_export.ipynb #bb008421
 def _plan(run: RunFolder, predictor, average: bool, dtype: str) -> dict:
     "What every format is written from: the module, the open_clip models (made when asked for, one at a time), and classes.json."
-    model, clip, E = predictor.model, predictor.clip, getattr(predictor.model, "num_experts", 1)
+    model, clip = getattr(predictor.model, "image_model", predictor.model), predictor.clip
+    E = getattr(model, "num_experts", 1)
     experts, cost, merged = isinstance(model, MultiExpertCLIP), {}, None
     if average and E > 1: classifier, merged, cost = average_of(predictor, run)
     else: classifier = classifier_of(predictor)
@@ -351,7 +373,7 @@ def _plan(run: RunFolder, predictor, average: bool, dtype: str) -> dict:
 def _as_safetensors(plan: dict, folder: Path):
     c, config = plan["classifier"], open_clip_config(plan["clip"])
     for i, name in enumerate(plan["info"]["models"]): write_open_clip(plan["get"](i), config, folder / name, plan["dtype"])
-    save_file(dict(weight=c.weight, bias=c.bias, correction=c.correction), folder / "classifier.safetensors")
+    save_file({k: v for k, v in dict(weight=c.weight, bias=c.bias, correction=c.correction, join=c.join).items() if v is not None}, folder / "classifier.safetensors")
 
 
 def _as_onnx(plan: dict, folder: Path): write_onnx(plan["classifier"], plan["clip"].preprocess.image_size, folder / "model.onnx")
@@ -363,6 +385,7 @@ def _as_torch_export(plan: dict, folder: Path): write_torch_export(plan["classif
 def _as_peft(plan: dict, folder: Path):
     write_open_clip(plan["clip"].model, open_clip_config(plan["clip"], custom=True), folder / "peft" / "base", plan["dtype"])
     plan["model"].save_adapters(folder / "peft")
+    if plan["model"].head is not None: plan["model"].head.save(folder / "peft")
 
 
 FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "torch-export": _as_torch_export, "peft": _as_peft}
@@ -478,6 +501,15 @@ def _check_request(formats, dtype) -> tuple:
         raise ValueError("format onnx: onnx and onnxscript are not both installed; pip install 'dmrs_nb[export]', or choose another format")
     return formats
 
+
+def _check_model(formats, model, name):
+    "Refuse a format that cannot hold this model with a `ValueError`."
+    if "peft" in formats and not (isinstance(model, MultiExpertCLIP) and model.adapter == "lora"):
+        raise ValueError(f"format peft: run {name} has no low-rank adapters of the image encoder alone; choose {', '.join(f for f in FORMATS if f != 'peft')}")
+    if "safetensors" in formats and isinstance(model, (AdaptFormerCLIP, TipAdapter)):
+        what = "blocks beside its MLPs that" if isinstance(model, AdaptFormerCLIP) else "a cache of training images that"
+        raise ValueError(f"format safetensors: run {name} has {what} no open_clip model holds; choose onnx or torch-export")
+
 # %% ../nbs/55_export.ipynb #95911b9c
 def export(
     run,                    # a finished run folder, or its path
@@ -494,8 +526,7 @@ def export(
         raise ValueError("prior=estimate is read off the images that are asked about, and an export has none yet; write the shares into a file "
                          "and give that")
     predictor, out = load_predictor(run, prior=prior), Path(out).expanduser() if out is not None else run.path / "export"
-    if "peft" in formats and getattr(predictor.model, "adapter", None) != "lora":
-        raise ValueError(f"format peft: run {run.name} has no low-rank adapters; choose {', '.join(f for f in FORMATS if f != 'peft')}")
+    _check_model(formats, predictor.model, run.name)
     with _filling(out) as folder:
         plan = _plan(run, predictor, average, dtype)
         plan["info"]["formats"] = list(formats)

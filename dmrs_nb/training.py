@@ -7,10 +7,10 @@ __all__ = ['BATCHES', 'PASSES', 'LEAST_STEPS', 'MOST_STEPS', 'Task', 'clip_of', 
            'prepare', 'build_model', 'head_of', 'trainable', 'check_device', 'free_memory', 'image_memory',
            'choose_batch', 'choose_steps', 'with_budget', 'resolve', 'precision_of', 'decisions', 'lr_at', 'step_seed',
            'FeatureBatches', 'budget', 'on_features', 'make_batches', 'make_optimizer', 'mixing_of', 'loss_of',
-           'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate', 'stored_cache', 'save_model',
-           'load_model', 'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache', 'frozen_features',
-           'first_stage', 'wait_for', 'second_stage', 'settle', 'fit', 'image_sources', 'read_image', 'find_run',
-           'answer_shares', 'Predictor', 'load_predictor', 'predict']
+           'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate', 'save_model', 'load_model',
+           'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache', 'frozen_features', 'first_stage',
+           'wait_for', 'second_stage', 'settle', 'fit', 'image_sources', 'read_image', 'find_run', 'answer_shares',
+           'Predictor', 'load_predictor', 'predict']
 
 # %% ../nbs/51_training.ipynb #9ddf9b33
 import csv
@@ -46,9 +46,10 @@ from .losses import ensemble, effective_prior
 from .metrics import compute_metrics
 from .mixing import MIXINGS, make_mixing
 from .prompts import PromptCLIP, TextLoRA, TwoSidedCLIP
+from .rebalancing import class_weights
 from .runs import RunFolder, RunLocked, list_runs, read_json, write_atomic, write_json
 from .sampling import index_stream, sampling_prior
-from .tip_adapter import TipAdapter, cache_keys, tune
+from .tip_adapter import TipAdapter, cache_keys, open_cache, tune
 
 # %% ../nbs/51_training.ipynb #60c27005
 @dataclass
@@ -526,12 +527,6 @@ def _load_part(model, folder):
     if (weights := getattr(model, "expert_weights", None)) is not None: weights.copy_(load_file(folder / "expert_weights.safetensors")["expert_weights"])
 
 
-def stored_cache(folder) -> tuple:
-    "Keys of unit length and targets, in the shapes that a saved Tip-Adapter has."
-    state = load_file(folder / "cache.safetensors")
-    return torch.nn.functional.normalize(state["keys"], dim=-1), state["values"].argmax(-1)
-
-
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -559,8 +554,9 @@ def load_model(
     clip = clip_of(config, device)
     try:
         classes = {k: read_json(folder / "classes.json")[k] for k in ("classnames", "words")}
-        cache = stored_cache(folder) if config.adapter in ("tip", "tip-f") else None
-        model = build_model(config, clip, load_file(folder / "text_features.safetensors", device=str(device))["text_features"], classes["words"], cache)
+        text = load_file(folder / "text_features.safetensors", device=str(device))["text_features"]
+        if config.adapter in ("tip", "tip-f"): return open_cache(clip, folder, config.adapter == "tip-f").to(device).eval(), clip, classes
+        model = build_model(config, clip, text, classes["words"])
         if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
         else: _load_part(model, folder)
     except (OSError, KeyError, RuntimeError, SafetensorError) as e:
@@ -981,13 +977,24 @@ def find_run(
 def answer_shares(
     config: RunConfig,
     cls_num_list,      # (C,) training images per class
-) -> torch.Tensor:     # (E, C) shares, rows sum to 1
-    "The class shares that each expert answers with. Raises `ValueError` for a model that was not trained."
-    if config.adapter == "none" or 0 in (config.steps, config.epochs):
-        raise ValueError(f"prior: a run of {config.method} that was not trained answers with no known class shares, so they cannot be moved; leave prior out")
-    E = config.num_experts
-    lambdas = {"ce": [0.0] * E, "logit-adjusted": [config.tau] * E, "balanced-softmax": [1.0] * E, "mme": config.lambdas}[config.loss]
-    return torch.stack([effective_prior(sampling_prior(config.sampler, cls_num_list), cls_num_list, lam) for lam in lambdas])
+) -> torch.Tensor:     # (E, C) shares that the logits answer with, rows sum to 1; one row where experts answer with one mean of logits
+    "The class shares that each expert answers with. Raises `ValueError` for a model whose shares are not known."
+    unknown = lambda why: ValueError(f"prior: a run of {config.method} {why}, so its class shares are not known and cannot be moved; leave prior out")
+    if config.adapter in ("none", "tip") or 0 in (config.steps, config.epochs): raise unknown("was not trained")
+    if config.stage2 == "tau-norm" or config.adapter == "tip-f": raise unknown("answers with a classifier that was tuned on validation")
+    if config.loss in ("ldam-drw", "ride", "focal"): raise unknown(f"was trained with {config.loss}, whose margins and weights are no prior")
+    if config.mixing in ("remix", "cmo"): raise unknown(f"was trained with mixing={config.mixing}, which moves labels")
+    if config.combine == "test-time": raise unknown("weighs its experts by the images it answered")
+    E, n = config.num_experts, cls_num_list
+    if config.stage2 == "crt": return torch.full((1, len(n)), 1 / len(n))
+    shown = torch.as_tensor(sampling_prior(config.sampler, n)).float()
+    weight = {"weighted-ce": lambda: class_weights(n), "class-balanced": lambda: class_weights(n, "effective", 0.999 if config.beta is None else config.beta)}
+    if config.loss in weight: shown = shown * weight[config.loss]()
+    if config.loss == "sade": rows = (shown.log() - make_loss("sade", n, 3, tau=config.tau).adjustments).softmax(-1)
+    else:
+        tau = {"ce": config.tau * (config.stage2 == "posthoc-la"), "logit-adjusted": config.tau, "balanced-softmax": 1.0}.get(config.loss, 0.0)
+        rows = torch.stack([effective_prior(shown, n, lam) for lam in (config.lambdas if config.loss == "mme" else [tau] * E)])
+    return rows if config.combine == "mean" else rows.log().mean(0, keepdim=True).softmax(-1)
 
 # %% ../nbs/51_training.ipynb #ea5d1d04
 def _temperature(run, given, effective) -> float:
@@ -1018,8 +1025,8 @@ class Predictor:
     prior: object = None      # (C,) shares of the place, or "estimate"; None: as trained
     device: object = "cpu"
 
-    def logits(self, images) -> torch.Tensor:  # (B, 3, S, S) normalised → (E, B, C)
-        return torch.from_numpy(predict_logits(self.model, [images], self.device))
+    def logits(self, images) -> torch.Tensor:  # (B, 3, S, S) normalised → (E, B, C), or (1, B, C) where experts answer with one mean of logits
+        return torch.as_tensor(joined(predict_logits(self.model, [images], self.device), getattr(self.model, "expert_weights", None)))
 
     def shares(self, logits):  # (E, N, C) → (C,), or None as trained
         "The class shares that the answers are meant for."
