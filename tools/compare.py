@@ -3,7 +3,7 @@
     python tools/compare.py nbs/benchmarks/specs/study_ucmerced.yaml [--workers 2] [--out runs/study_ucmerced]
 
 A second call goes on where the first one stopped, and a spec that has grown trains only what is not stored yet. Beside the book are then kept, in results/<name of the spec>/: runs.csv (a row per run: its
-config, its metrics on test and on validation), predictions.npz (the class that each run gave to each test and validation image), environment.json, and of the
+config, its metrics on test and on validation), predictions.npz (the class that each run on the same images gave to each test and validation image), environment.json, and of the
 runs that the spec's `chosen` lists, config.json and metrics.json, which is what 02_results.ipynb reads.
 """
 import argparse
@@ -69,15 +69,16 @@ def keep(configs, out, folder, whole=()):
     folder.mkdir(parents=True, exist_ok=True)
     results, answers = [run.result() for run in runs], [np.load(run.predictions_path) for run in runs]
     first = answers[0]
-    assert all((a["test_paths"] == first["test_paths"]).all() for a in answers), "the runs were not judged on the same images"
     for run, a in zip(runs, answers):
+        if "val_logits" not in a or not np.array_equal(a["test_paths"], first["test_paths"]): continue   # judged on other images: a row in the table, but no answers to pair
         said[run.name] = tuple(ensemble(torch.from_numpy(a[f"{part}_logits"])).argmax(-1).numpy().astype(np.uint8) for part in ("test", "val"))
     table = pd.concat([table[~table.run_id.isin([run.name for run in runs])], pd.DataFrame([row(r) for r in results])]).set_index("run_id")
     table = table.loc[[c.run_id for c in configs if c.run_id in table.index]].reset_index()
     table.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
-    said = {f"{part}_preds": np.stack([said[name][i] for name in table.run_id]) for i, part in enumerate(("test", "val"))}
+    paired = [name for name in table.run_id if name in said]
+    said = {f"{part}_preds": np.stack([said[name][i] for name in paired]) for i, part in enumerate(("test", "val"))}
     true = {f"{part}_targets": first[f"{part}_targets"].astype(np.uint8) for part in ("test", "val")}
-    np.savez_compressed(folder / "predictions.npz", run_id=list(table.run_id), words=results[0]["data"]["words"], **said, **true)
+    np.savez_compressed(folder / "predictions.npz", run_id=paired, words=results[0]["data"]["words"], **said, **true)
     for run in runs:
         if run.name not in whole: continue
         (folder / run.name).mkdir(exist_ok=True)
