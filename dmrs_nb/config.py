@@ -30,6 +30,9 @@ class DataFields(_Fields):
     "Which images a run learns from and is judged on."
     data: str = Field("ucmerced", description="a registered data set, or folder: your own, under data_root")
     data_root: str | None = Field(None, description="folder of class folders, or of train/ val/ test/ that hold them")
+    train_list: str | None = Field(None, description="text file of training images, a path and a label a line (DECOR's lists); needs test_list")
+    test_list: str | None = Field(None, description="the same for the test part")
+    val_list: str | None = Field(None, description="the same for the validation part; None: carved out of the training part by val_size")
     imb_type: Literal["none", "exp", "step"] = Field("none", description="profile that thins the training part")
     imb_factor: float = Field(1.0, gt=0, le=1, description="images of the rarest class ÷ images of the most frequent")
     img_max: int | None = Field(None, ge=1, description="images of the most frequent class; None: training images ÷ classes")
@@ -134,7 +137,7 @@ class PlaceFields(_Fields):
 
 PLACE = tuple(PlaceFields.model_fields)
 LATER = {   # at their default they are left out: runs that were stored without them keep their content and their name
-    "train_fraction", "quick_gelu", "mean", "std", "interpolation", "thresholds", "test_draw", "classifier", "logit_scale", "combine", "text_lora",
+    "train_fraction", "train_list", "test_list", "val_list", "quick_gelu", "mean", "std", "interpolation", "thresholds", "test_draw", "classifier", "logit_scale", "combine", "text_lora",
     "bottleneck", "context_tokens", "tip_views", "tte", "gamma", "beta", "max_margin", "defer", "diversity", "mix_diagonal", "mix_kappa", "mix_tau",
     "stage2", "stage2_lr", "stage2_epochs", "momentum"}
 
@@ -147,6 +150,8 @@ def _rules(c) -> "list[str]":
     E, wrong = c.num_experts, []
     def rule(broken, sentence):
         if broken: wrong.append(sentence)
+    rule((c.train_list is None) != (c.test_list is None) or (c.val_list is not None and c.train_list is None), "train_list and test_list go together (val_list is optional); give both, or neither")
+    rule(c.train_list is not None and not c.data_root, "train_list needs data_root: the folder that its paths count from")
     rule(c.data == "folder" and not c.data_root, "data=folder needs data_root: a folder of class folders")
     rule(c.epochs is not None and c.steps is not None, f"epochs={c.epochs:g} and steps={c.steps} are both given; give one of them" if c.epochs is not None else "")
     rule(c.imb_type == "none" and c.imb_factor != 1, f"imb_factor={c.imb_factor:g} does nothing while imb_type is none; add imb_type=exp or imb_type=step")
@@ -332,7 +337,7 @@ def resolve_path(
     return path if path.is_absolute() else (project_root(start) or Path(start or Path.cwd()).resolve()) / path
 
 # %% ../nbs/50_config.ipynb #31140f26
-PATHS = ("data_root", "out_dir", "cache_dir", "class_words", "pretrained")
+PATHS = ("data_root", "train_list", "test_list", "val_list", "out_dir", "cache_dir", "class_words", "pretrained")
 
 
 def full_path(
