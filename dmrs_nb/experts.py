@@ -10,16 +10,16 @@ __all__ = ['LoRAExperts', 'DenseExperts', 'base_linear', 'project', 'expert_atte
 # %% ../nbs/12_experts.ipynb #1f1ce897
 import copy
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoints import whole_file, write_tensors
 from .longtail import nearest
 from .lora import TARGETS, attend, check_blocks, check_rank, check_targets, init_lora_A
 
@@ -210,30 +210,23 @@ class MultiExpertCLIP(nn.Module):
         head: nn.Module | None = None,  # (E, B, D) → (E, B, C): a classifier that learns too (chapter 13); None: the fixed text features
         logit_scale: float | None = None,  # factor of the cosines where the text features answer; None: CLIP's own
     ):
-        super().__init__()
-        check_rank(r, lora_dropout); check_experts(clip.model, text_features, num_experts, expert_blocks, adapter)
+        super().__init__(); check_rank(r, lora_dropout); check_experts(clip.model, text_features, num_experts, expert_blocks, adapter)
         self.num_experts, self.r, self.lora_alpha, self.lora_dropout, self.adapter = num_experts, r, lora_alpha, lora_dropout, adapter
         self.visual, self.__dict__["clip_model"] = clip.model.visual, clip.model  # the text encoder is not a part of this module
         self.register_buffer("text_features", text_features.detach().clone())
-        self.register_buffer("logit_scale", clip.model.logit_scale.detach().clone().reshape(()))
-        if logit_scale is not None: self.logit_scale.fill_(logit_scale).log_()
-        self.head = head
+        scale = clip.model.logit_scale.detach().clone().reshape(())
+        self.register_buffer("logit_scale", scale if logit_scale is None else scale.fill_(logit_scale).log_()); self.head = head
         generator, depth = generator or torch.Generator().manual_seed(0), len(self.visual.transformer.resblocks)
-        def make(weight, bias):
-            if adapter == "dense": return DenseExperts(weight, bias, num_experts)
-            return LoRAExperts(weight, num_experts, r, lora_alpha, lora_dropout, generator)
+        make = lambda w, b: DenseExperts(w, b, num_experts) if adapter == "dense" else LoRAExperts(w, num_experts, r, lora_alpha, lora_dropout, generator)
         self.adapters = make_adapters(self.visual, range(depth)[-(expert_blocks or depth):], check_targets(target_modules), make)
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) normalised → (E, B, D) unit length
-        return expert_features(self.visual, self.adapters, images)
+    def image_features(self, images): return expert_features(self.visual, self.adapters, images)  # (B, 3, S, S) normalised → (E, B, D) unit length
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) normalised → (E, B, C) float32
         features = self.image_features(images)
         return expert_logits(features, self.text_features, self.logit_scale) if self.head is None else self.head(features)
 
-    def train(self, mode: bool = True):  # the frozen encoder always runs as in evaluation
-        super().train(mode).visual.eval()
-        return self
+    def train(self, mode: bool = True): super().train(mode).visual.eval(); return self  # the frozen encoder always runs as in evaluation
 
     def trainable_parameters(self) -> dict[str, int]: return {n: p.numel() for n, p in self.named_parameters() if p.requires_grad}
     def merged(self, expert: int) -> nn.Module: return merge_expert(self, expert)
@@ -280,12 +273,6 @@ def peft_config(
 def _file(model, folder, expert):
     return Path(folder) / f"expert_{expert}" / ("adapter_model.safetensors" if model.adapter == "lora" else "dense.safetensors")
 
-
-def _replace(path, write):
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)  # no half-written file under the real name
-
 # %% ../nbs/12_experts.ipynb #35d86d77
 def write_experts(
     model: MultiExpertCLIP,
@@ -299,10 +286,8 @@ def write_experts(
     config = json.dumps(peft_config(model), indent=2)
     for e in range(model.num_experts):
         path = _file(model, folder, e)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.cpu().contiguous() for key, value in expert_state(model, e).items()}
-        _replace(path, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-        _replace(path.with_name("adapter_config.json"), lambda part: part.write_text(config))
+        write_tensors(path, expert_state(model, e), {"format": "pt"})
+        with whole_file(path.with_name("adapter_config.json")) as part: part.write_text(config)
 
 # %% ../nbs/12_experts.ipynb #57365311
 def read_experts(

@@ -724,7 +724,7 @@ def _check_parts(config, task):
     if config.select == "best-val" and not len(task.split.val):
         raise ValueError(f"select=best-val: there is no validation part to choose on; give val_size above 0 (found {config.val_size:g}), or select=last")
 
-
+# %% ../nbs/51_training.ipynb #44095443
 def _finished(run, config, items=None) -> RunFolder:
     "A finished run as it is; not when its images have changed since."
     run.start(config.content())
@@ -853,7 +853,7 @@ def _crt(learner, task, features):
 
 _STAGE2 = {"posthoc-la": _posthoc, "tau-norm": _tau_norm, "crt": _crt}
 
-
+# %% ../nbs/51_training.ipynb #ea20219a
 def settle(
     learner,
     task: Task,
