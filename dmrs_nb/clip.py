@@ -10,8 +10,6 @@ __all__ = ['TINY', 'ASSETS', 'TEMPLATES', 'register_tiny', 'zero_shot_logits', '
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,7 +19,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dmrs_nb.compat
@@ -29,7 +27,7 @@ import open_clip
 from open_clip.pretrained import download_pretrained
 
 from .checkpoints import (STATISTICS, Recognised, check_activation, check_shapes, known_tag, load_state, read_state_dict, recognise,
-                                 weights_in)
+                                 weights_in, write_tensors)
 from .data import Preprocess, default_cache_dir
 from .longtail import nearest
 
@@ -267,16 +265,8 @@ def _read_or_none(path: Path) -> Tensor | None:
 
 def _write(path: Path, features: Tensor) -> None:
     "Atomic: another process sees the whole file or none. A full disk costs the cache, not the run."
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        save_file({"text_features": features.cpu().contiguous()}, temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        if temporary: Path(temporary).unlink(missing_ok=True)
-        warnings.warn(f"text features were not cached in {path.parent} ({e}); they are computed again next time.")
+    try: write_tensors(path, {"text_features": features})
+    except OSError as e: warnings.warn(f"text features were not cached in {path.parent} ({getattr(e.__cause__, 'strerror', None) or e}); they are computed again next time.")
 
 # %% ../nbs/10_clip.ipynb #b872d859
 def encode_text(

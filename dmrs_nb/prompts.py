@@ -8,19 +8,19 @@ __all__ = ['text_tower', 'text_attention', 'text_block', 'used_length', 'encode_
 
 # %% ../nbs/15_prompts.ipynb #a9156134
 import json
-import os
 from pathlib import Path
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dmrs_nb.compat
 from open_clip.transformer import text_global_pool
 
+from .checkpoints import whole_file, write_tensors
 from .clip import CLIP, make_prompts
 from .experts import LoRAExperts, MultiExpertCLIP, expert_logits, expert_state, make_adapters, peft_config, project
 from .lora import check_rank, check_targets
@@ -149,14 +149,6 @@ def kept(
     return module.__dict__["_kept"][1]
 
 # %% ../nbs/15_prompts.ipynb #7ae37ec5
-def _replace(path: Path, write: Callable) -> None:
-    "Write beside, then rename: no half-written file under the real name."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-
-
 def _read(path: Path, own: dict[str, Tensor], differs: Callable = lambda: []) -> None:
     "Read a file's tensors into those of the same names, all or none. ValueError says what does not fit."
     try: state, wrong = load_file(path), differs()
@@ -213,8 +205,7 @@ def write_prompt(
     folder: str | Path,  # gets prompt.safetensors: the context alone, which serves any class names
 ) -> None:
     "Write the learned context, whole or not at all."
-    state = {"context": model.context.detach().cpu().contiguous()}
-    _replace(Path(folder) / "prompt.safetensors", lambda part: save_file(state, part, metadata={"format": "pt"}))
+    write_tensors(Path(folder) / "prompt.safetensors", {"context": model.context}, {"format": "pt"})
 
 
 def read_prompt(
@@ -268,9 +259,8 @@ def write_text(
 ) -> None:
     "Write the text side as a PEFT adapter folder."
     path = Path(folder) / "text" / "adapter_model.safetensors"
-    state, config = {k: v.cpu().contiguous() for k, v in expert_state(model, 0).items()}, json.dumps(peft_config(model), indent=2)
-    _replace(path, lambda part: save_file(state, part, metadata={"format": "pt"}))
-    _replace(path.with_name("adapter_config.json"), lambda part: part.write_text(config))
+    write_tensors(path, expert_state(model, 0), {"format": "pt"})
+    with whole_file(path.with_name("adapter_config.json")) as part: part.write_text(json.dumps(peft_config(model), indent=2))
 
 
 def read_text(

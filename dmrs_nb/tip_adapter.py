@@ -6,16 +6,16 @@
 __all__ = ['cache_logits', 'cache_keys', 'TipAdapter', 'search_grid', 'tune', 'write_cache', 'read_cache', 'open_cache']
 
 # %% ../nbs/16_tip_adapter.ipynb #da253f42
-import os
 from pathlib import Path
 from typing import Iterable
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checkpoints import write_tensors
 from .clip import CLIP
 
 # %% ../nbs/16_tip_adapter.ipynb #5f8b12dc
@@ -138,11 +138,7 @@ def write_cache(
     folder: str | Path,  # gets cache.safetensors
 ) -> None:
     "Write keys, values, text features, α and β, whole or not at all."
-    path = Path(folder) / "cache.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
-    os.replace(part, path)
+    write_tensors(Path(folder) / "cache.safetensors", model.state_dict())
 
 
 def _cache_state(path: Path) -> dict[str, Tensor]:

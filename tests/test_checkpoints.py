@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dmrs_nb.compat
 import open_clip
@@ -250,3 +251,52 @@ def test_reading_needs_no_open_clip():
             "assert architecture(s)['vision_cfg']['image_size'] == 96 and not {'open_clip', 'transformers', 'pandas'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---- writing
+
+def test_what_is_written_has_the_mode_of_any_other_file_and_reads_back(tmp_path):
+    table = torch.arange(6.).reshape(2, 3)
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try: K.write_tensors(path := tmp_path / f"{umask:o}" / "w.safetensors", {"a": table, "b": table.T, "c": table[:, 1], "d": torch.nn.Parameter(table).half()}, {"format": "pt"})
+        finally: os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode and os.listdir(path.parent) == [path.name]
+    read = load_file(path)
+    assert torch.equal(read["b"], table.T) and torch.equal(read["c"], table[:, 1]) and read["d"].dtype == torch.float16
+    with safe_open(path, "pt") as f: assert f.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("size, says", [(0, "File too large"), (300, "File too large")])
+def test_tensors_on_a_full_disk_are_a_sentence_and_leave_what_was_there(tmp_path, size, says):
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "w.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    K.write_tensors(path, {"a": torch.ones(2)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError) as e: K.write_tensors(path, {"a": torch.zeros(1000)})
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(e.value) == f"could not write {path} ({says}). What was there before is unchanged; free some space and start the same command again."
+    assert torch.equal(load_file(path)["a"], torch.ones(2)) and os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_a_folder_that_is_a_file_and_a_bug_of_ours(tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(OSError, match=r"could not write .*mine/w.safetensors \((Not a directory|File exists)\).*check the folder"): K.write_tensors(tmp_path / "mine" / "w.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(TypeError): K.write_tensors(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {"a": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_text_file_and_a_long_reason_end_in_whole_words(tmp_path):
+    (tmp_path / "notes.pt").write_text("eight classes, ask Ana")
+    with pytest.raises(ValueError, match=r"notes.pt: cannot be read as weights \(it is not an archive of tensors\)\. Expected"): K.read_state_dict(tmp_path / "notes.pt")
+    torch.save(STATE, tmp_path / "w.pt")
+    whole = bytearray((tmp_path / "w.pt").read_bytes())
+    whole[-400:-100] = bytes(300)   # the directory at the end of the archive
+    (tmp_path / "w.pt").write_bytes(whole)
+    with pytest.raises(ValueError) as e: K.read_state_dict(tmp_path / "w.pt")
+    why = str(e.value).split("as weights (")[1].split("). Expected")[0]
+    assert len(why) <= 120 and "If yo" not in why
+    for error, said in ((KeyError(101), "it is not an archive of tensors"), (RuntimeError("failed reading zip archive: internal miniz error. If you see this, " + "x" * 99), "failed reading zip archive: internal miniz error"),
+                        (RuntimeError("word " * 40), ("word " * 23).strip() + " …"), (EOFError(), "the file is empty")):
+        assert f"cannot be read as weights ({said}). Expected" in str(K._refused(Path("w.pt"), error))
