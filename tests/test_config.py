@@ -34,7 +34,7 @@ def test_papermill_with_an_unknown_parameter_fails_and_names_the_nearest(tmp_pat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_recipe_is_valid_and_survives_its_own_json(method, tmp_path):
-    config = make_config(method, **BUDGET | (dict(steps=0) if method == "zero-shot" else {}))
+    config = make_config(method, **BUDGET | (dict(steps=0) if METHODS[method]["fields"].get("steps") == 0 else {}))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert load_config(path) == config
@@ -102,11 +102,31 @@ def test_one_rule_for_paths_in_python_in_the_command_and_in_the_notebook(tmp_pat
     assert make_config(data_root="~/mine").data_root == meant.data_root
 
 
-@pytest.mark.parametrize("field", ["data_root", "out_dir", "cache_dir", "class_words", "pretrained"])
+@pytest.mark.parametrize("field", ["data_root", "train_list", "out_dir", "cache_dir", "class_words", "pretrained"])
 @pytest.mark.parametrize("path, says", [("", "empty path"), ("~no-such-user/x", "no user '~no-such-user'"), ("a\0b", "NUL"), ("x" * 300, "a file name has 255"), ("a\ud800", "no file name can")])
 def test_a_path_that_cannot_be_one_is_a_sentence(field, path, says):
     with pytest.raises(ConfigError) as error: make_config(**{field: path})
     assert str(error.value).startswith(f"{field}: found") and says in str(error.value)
+
+
+@pytest.mark.parametrize("method, fields, says", [
+    ("ce", dict(classifier="cosine", adapter="linear"), "needs adapter=lora, dense or adaptformer"), ("lift", dict(classifier="text"), "needs classifier=cosine or linear"),
+    ("sade", dict(num_experts=2), "made for num_experts=3"), ("ce", dict(combine="product"), "joins experts"), ("crt", dict(classifier="text"), "needs classifier=linear"),
+    ("dmrs", dict(stage2="posthoc-la"), "works on one expert"), ("clip-lora", dict(stage2="posthoc-la"), "does not go with text_lora"), ("coop", dict(logit_scale=30), "logit_scale belongs to"),
+    ("linear-probe", dict(tte=True), "tte needs"), ("ce", dict(thresholds="20,100"), "larger number first"), ("ce", dict(thresholds="many"), "two whole numbers"),
+    ("tip-adapter", dict(steps=5), "has nothing to train"), ("ce", dict(train_list="a.txt"), "go together"), ("ce", dict(train_list="a.txt", test_list="b.txt"), "needs data_root"),
+    ("ce", dict(mixing="mixup", mix_prob=0.5), "mixing=cmo"), ("coop", dict(num_experts=2), "needs adapter=lora or dense")])
+def test_fields_that_do_not_go_together_get_a_sentence(method, fields, says):
+    with pytest.raises(ConfigError, match=says): make_config(method, **fields)
+
+
+def test_raw_words_are_no_file_and_official_is_all_switches():
+    from dmrs_nb.config import OFFICIAL
+    official = make_config("dmrs-official")
+    assert official.class_words == "raw"
+    for fields in OFFICIAL.values():
+        assert all(getattr(official, k) == v for k, v in fields.items())
+        assert make_config("dmrs", **BUDGET, **fields).run_id != make_config("dmrs", **BUDGET).run_id
 
 
 def test_a_config_that_the_data_has_to_finish_has_no_name():
