@@ -374,6 +374,7 @@ def _sentence(error: dict) -> str:
         return f"{field}: found {found!r}, expected {error['ctx']['expected']}{nearest(found, ast.literal_eval('[' + error['ctx']['expected'].replace(' or ', ', ') + ']'))}"
     if field in ("mean", "std"): return f"{field}: found {found!r}, expected three numbers, such as 0.48,0.46,0.41"
     if field == "thresholds": return f"thresholds: found {found!r}, expected two whole numbers, such as 100,20"
+    if error["type"] == "tuple_type": return f"{field}: found {found!r:.80}, expected one or more values with commas between, such as {'q,v' if field == 'target_modules' else '0,1,2'}"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{field}: found {found!r:.80}, expected {message}"
 
@@ -413,7 +414,7 @@ def load_config(
     /,
     **explicit,  # fields that win over the file's
 ) -> RunConfig:
-    "Read a config file. Raises `ConfigError` that names the file."
+    "Read a config file. Raises `ConfigError` that names the file, unless what was given beside it is wrong."
     path = Path(path)
     if os.path.isdir(path): path = path / "config.json"
     try: fields = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -422,7 +423,11 @@ def load_config(
     except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: expected JSON, but {e}") from None
     if not isinstance(fields, dict): raise ConfigError(f"{path}: expected a JSON object of parameters, found {type(fields).__name__}")
     try: return make_config(**fields | explicit)
-    except ConfigError as e: raise ConfigError(f"{path}: {e}") from None
+    except ConfigError as e: both = str(e)
+    try: make_config(**{k: v for k, v in fields.items() if k not in explicit})
+    except ConfigError as e:
+        if str(e) in both: raise ConfigError(f"{path}: {e}") from None   # the file is wrong whatever was given beside it
+    raise ConfigError(both)
 
 # %% ../nbs/50_config.ipynb #47c776e9
 def assigned_names(

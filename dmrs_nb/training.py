@@ -7,10 +7,10 @@ __all__ = ['BATCHES', 'PASSES', 'LEAST_STEPS', 'MOST_STEPS', 'Task', 'items_of',
            'parts_reason', 'prepare', 'build_model', 'head_of', 'trainable', 'check_device', 'free_memory',
            'image_memory', 'choose_batch', 'choose_steps', 'with_budget', 'resolve', 'precision_of', 'decisions',
            'lr_at', 'step_seed', 'FeatureBatches', 'budget', 'on_features', 'make_batches', 'make_optimizer',
-           'mixing_of', 'loss_of', 'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate', 'save_model',
-           'load_model', 'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache', 'frozen_features',
-           'first_stage', 'wait_for', 'second_stage', 'chosen_on', 'settle', 'fit', 'image_sources', 'read_image',
-           'find_run', 'answer_shares', 'Predictor', 'load_predictor', 'predict']
+           'mixing_of', 'loss_of', 'diverged', 'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate',
+           'save_model', 'load_model', 'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache',
+           'frozen_features', 'first_stage', 'wait_for', 'second_stage', 'chosen_on', 'settle', 'fit', 'image_sources',
+           'read_image', 'find_run', 'answer_shares', 'Predictor', 'load_predictor', 'predict']
 
 # %% ../nbs/51_training.ipynb #9ddf9b33
 import csv
@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 import dmrs_nb.compat
 from .adaptformer import AdaptFormerCLIP, tte_logits
 from .calibration import calibrated, estimate_prior, fit_temperature, read_prior
+from .checkpoints import write_tensors
 from .classifiers import choose_tau, make_head, posthoc_bias, retrain_classifier, tau_normalise
 from .clip import CLIP, LinearProbe, encode_images, encode_text, load_clip, similarity
 from .config import RunConfig, default_lr, make_config
@@ -150,6 +151,15 @@ def parts_reason(
     return said + ("; a class gives its first image to train, the second to test, the third to val" if "too few" in said else "")
 
 # %% ../nbs/51_training.ipynb #c4aadb2e
+def _words(items, config, known) -> list:
+    "The class names as words; an error says that they came from `class_words`."
+    if config.class_words == "raw": return list(items.classnames)
+    try: return class_words(items.classnames, config.class_words or (known.words if known else None))
+    except ValueError as e:
+        if not config.class_words: raise
+        raise ValueError(f"class_words: {e}") from None
+
+
 def prepare(
     config: RunConfig,
     progress: bool = True,  # bars for decoding
@@ -157,7 +167,7 @@ def prepare(
     "Read, decode, split, load the CLIP and encode the class names; what was done before comes from the cache."
     items = items_of(config)
     known = DATASETS.get(config.data)
-    words = list(items.classnames) if config.class_words == "raw" else class_words(items.classnames, config.class_words or (known.words if known else None))
+    words = _words(items, config, known)
     clip = clip_of(config)
     cache = decode(items, clip.preprocess, cache_dir=config.cache_dir, bad_images=config.bad_images, progress=progress)
     split = split_items(items, config, cache.keep)
@@ -433,6 +443,16 @@ def loss_of(
     return make_loss(config.loss, task.split.cls_num_list, num_experts=config.num_experts, **kw.get(config.loss, {}))
 
 # %% ../nbs/51_training.ipynb #5001fa6c
+def diverged(
+    config: RunConfig,
+    found: str,         # what was found, and when
+) -> FloatingPointError:
+    "The sentence for a training whose numbers are none any more."
+    field, usual = ("stage2_lr", 0.2) if config.stage2 == "crt" else ("lr", default_lr(config.adapter, config.backbone)[0])
+    rate = getattr(config, field)
+    return FloatingPointError(f"{field}: found {rate:g}, and training diverged: {found}; give a smaller {field}, such as {usual if rate > usual else rate / 10:g}")
+
+# %% ../nbs/51_training.ipynb #79a457c9
 @dataclass
 class Learner:
     "What one step needs, put together once."
@@ -460,7 +480,7 @@ class Learner:
         for group in self.optimizer.param_groups: group["lr"] = lr
         with a.autocast(): logits = self.head(images)
         loss = self.loss_fn(logits.float(), targets)
-        if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {t} (lr {lr:.3g}); try a smaller lr")
+        if not loss.isfinite(): raise diverged(self.config, f"the loss of step {t + 1} of {self.steps} is {loss.item()}")
         a.backward(loss); self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
@@ -517,6 +537,7 @@ def evaluate(
     indices = getattr(task.split, part)
     if not len(indices): raise ValueError(f"{part}: there are no images in this part; give val_size or test_size above 0")
     logits = predict_logits(model, eval_batches(task.cache, indices, batch_size, eval_transform(task.clip.preprocess)), device, autocast)
+    if not np.isfinite(logits).all(): raise FloatingPointError(f"the answers to {part} images hold NaN or infinity")
     return score(joined(logits, getattr(model, "expert_weights", None)), task.items.targets[indices], task.groups)[0], logits
 
 # %% ../nbs/51_training.ipynb #e2c2ef71
@@ -526,7 +547,7 @@ def _save_part(model, folder):
     else:
         model.save_adapters(folder)
         if model.head is not None: model.head.save(folder)
-    if (weights := getattr(model, "expert_weights", None)) is not None: save_file({"expert_weights": weights.cpu()}, folder / "expert_weights.safetensors")
+    if (weights := getattr(model, "expert_weights", None)) is not None: write_tensors(folder / "expert_weights.safetensors", {"expert_weights": weights})
 
 
 def _load_part(model, folder):
@@ -544,12 +565,9 @@ def save_model(
 ) -> None:
     "Write what was trained, and the classes it answers with."
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, LinearProbe): save_file({k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}, folder / "head.safetensors")
-        else: _save_part(model, folder)
-        save_file({"text_features": task.text.detach().cpu().contiguous()}, folder / "text_features.safetensors")
-    except SafetensorError as e: raise OSError(f"could not write {folder} ({e}); free some space and start the same command again") from e
+    if isinstance(model, LinearProbe): write_tensors(folder / "head.safetensors", model.head.state_dict())
+    else: _save_part(model, folder)
+    write_tensors(folder / "text_features.safetensors", {"text_features": task.text})
     write_json(folder / "classes.json", {"classnames": list(task.items.classnames), "words": list(task.words)})
 
 # %% ../nbs/51_training.ipynb #e78a3a0f
@@ -599,10 +617,15 @@ def _agreed(config, task, accelerator) -> RunConfig:
     return chosen[0]
 
 # %% ../nbs/51_training.ipynb #b8062d6e
-def _state(learner, **more) -> dict:
-    "Everything that training changes."
+def _finite(weights) -> bool: return all(w.isfinite().all() for w in weights.values())
+
+
+def _state(learner, done, **more) -> dict:
+    "Everything that training changes, after `done` steps; weights that are no numbers are not kept."
     model = learner.accelerator.unwrap_model(learner.model)
-    return dict(weights={n: p.detach().cpu().clone() for n, p in trainable(model).items()}, optimizer=learner.optimizer.state_dict(), **more)
+    weights = {n: p.detach().cpu().clone() for n, p in trainable(model).items()}
+    if not _finite(weights): raise diverged(learner.config, f"after step {done} of {learner.steps} the weights hold NaN or infinity")
+    return dict(weights=weights, optimizer=learner.optimizer.state_dict(), **more)
 
 
 def _restore(model, weights):
@@ -612,17 +635,21 @@ def _restore(model, weights):
     with torch.no_grad():
         for n, p in params.items(): p.copy_(weights[n])
 
-
+# %% ../nbs/51_training.ipynb #96dd9db9
 _CHANGED = "the images in {} are not those that this run was trained on (a file was added, removed, moved, relabelled or resized since)"
 
 
 def _resume(learner, run, items) -> dict:
     "Take up the run's checkpoint, or begin."
-    if (state := run.load_checkpoint()) is None: return dict(step=0, best=None, train_s=0.0)
+    begin = dict(step=0, best=None, train_s=0.0)
+    if (state := run.load_checkpoint()) is None: return begin
     if missing := {"step", "weights", "optimizer", "best", "train_s"} - state.keys():
         raise ValueError(f"{run.checkpoint_path}: expected a checkpoint of this kit, but it lacks {', '.join(sorted(missing))}; delete it to start again")
     if state.get("data", items.fingerprint) != items.fingerprint:
         raise ValueError(f"{run.path}: {_CHANGED.format(items.root)}; delete that folder to start again, or give another out_dir")
+    if not _finite(state["weights"]):
+        warnings.warn(f"{run.checkpoint_path}: its weights hold NaN or infinity; the run begins again")
+        return begin
     _restore(learner.accelerator.unwrap_model(learner.model), state["weights"])
     learner.optimizer.load_state_dict(state["optimizer"])
     return state
@@ -648,15 +675,23 @@ def due(
     return look, look or every(None, 50), every(config.checkpoint_every, 5) and done < steps
 
 # %% ../nbs/51_training.ipynb #2965a1f7
+def _look(learner, task, part, done):
+    "Metrics and logits of a part after `done` steps."
+    a = learner.accelerator
+    try: return evaluate(a.unwrap_model(learner.model), task, part, looks_at(learner.config), a.device, a.autocast)
+    except FloatingPointError as e:
+        if not learner.steps: raise   # nothing was trained
+        raise diverged(learner.config, f"after step {done} of {learner.steps} {e}") from None
+
+
 def _row(learner, task, done, losses, look) -> dict:
     "A row of history, with validation metrics when it is time to look."
     c, a = learner.config, learner.accelerator
     row = dict(step=done, epoch=done * c.batch_size / len(task.split.train), lr=lr_at(done - 1, learner.steps, c), loss=float(np.mean(losses)))
     if not look: return row
-    see = lambda part: evaluate(a.unwrap_model(learner.model), task, part, looks_at(c), a.device, a.autocast)
-    if c.select == "best-test": row["test_acc1"] = drawn_metrics(c, task, see("test")[1], a.unwrap_model(learner.model))["acc1"]
+    if c.select == "best-test": row["test_acc1"] = drawn_metrics(c, task, _look(learner, task, "test", done)[1], a.unwrap_model(learner.model))["acc1"]
     if not len(task.split.val): return row
-    learner.looked = metrics, _ = see("val")
+    learner.looked = metrics, _ = _look(learner, task, "val", done)
     return row | {f"val_{k}": metrics[k] for k in ("acc1", "mean_per_class_recall", "many", "medium", "few")}
 
 # %% ../nbs/51_training.ipynb #ab30b985
@@ -682,7 +717,7 @@ def learn(
             row, losses = (_row(learner, task, done, losses, look), []) if log else (None, losses)
             best = _better(best, row, learner) if look else best
             spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-            _record(learner, run, row, _state(learner, best=best, train_s=spent, data=task.items.fingerprint) if save else None, done, callback)
+            _record(learner, run, row, _state(learner, done, best=best, train_s=spent, data=task.items.fingerprint) if save else None, done, callback)
     return dict(best=best, train_s=spent)
 
 # %% ../nbs/51_training.ipynb #8a3278b1
@@ -690,7 +725,7 @@ def _better(best, row, learner):
     "The best look at validation so far, when the config keeps it."
     value = row.get({"best-val": "val_mean_per_class_recall", "best-test": "test_acc1"}.get(learner.config.select))
     if value is None or (best and best["value"] >= value): return best
-    return dict(value=value, step=row["step"], weights=_state(learner)["weights"])
+    return dict(value=value, step=row["step"], weights=_state(learner, row["step"])["weights"])
 
 
 def _record(learner, run, row, state, done, callback):
@@ -926,8 +961,7 @@ def _finish(learner, task, run, timings, clock):
     a, start = learner.accelerator, time.perf_counter()
     model = a.unwrap_model(learner.model)
     if not run.history_path.exists(): run.history_path.write_text("step,epoch,lr,loss\n")
-    look = lambda part: evaluate(model, task, part, looks_at(learner.config), a.device, a.autocast)
-    parts = {p: learner.looked if p == "val" and learner.looked else look(p) for p in ("val", "test") if len(getattr(task.split, p))}
+    parts = {p: learner.looked if p == "val" and learner.looked else _look(learner, task, p, learner.steps) for p in ("val", "test") if len(getattr(task.split, p))}
     targets = {p: task.items.targets[getattr(task.split, p)] for p in parts}
     weights = getattr(model, "expert_weights", None)
     predictions = {f"{p}_{k}": v for p, (_, z) in parts.items() for k, v in (("logits", joined(z, weights)), ("targets", targets[p]))}
@@ -937,7 +971,7 @@ def _finish(learner, task, run, timings, clock):
     timings |= dict(eval_s=time.perf_counter() - start, total_s=time.perf_counter() - clock)
     extra = dict(run_id=run.name, val=parts.get("val", (None,))[0], experts=score(parts["test"][1], targets["test"], task.groups)[1],
                  data=task.summary(), steps=learner.steps,
-                 place=dict(device=a.device.type, precision=a.mixed_precision, processes=a.num_processes, workers=learner.config.workers),
+                 place=dict(device=a.device.type, precision={"no": "fp32"}.get(a.mixed_precision, a.mixed_precision), processes=a.num_processes, workers=learner.config.workers),
                  parameters=dict(trainable=trained if learner.steps else 0, total=trained + sum(p.numel() for p in task.clip.model.parameters())))
     if learner.chosen: extra["chosen"] = learner.chosen
     if weights is not None: extra["expert_weights"] = [round(w, 6) for w in weights.tolist()]
