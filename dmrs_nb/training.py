@@ -882,8 +882,8 @@ def _crt(learner, task, features):
     config, targets = learner.config, task.items.targets[task.split.train]
     steps = math.ceil(config.stage2_epochs * len(targets) / config.batch_size)
     with torch.enable_grad():
-        return retrain_classifier(features("train"), targets, len(task.words), steps, config.batch_size, config.stage2_lr, generator=torch.Generator().manual_seed(config.seed),
-                                  scale=learner.accelerator.unwrap_model(learner.model).head.scale)
+        found = retrain_classifier(features("train"), targets, len(task.words), steps, config.batch_size, config.stage2_lr, generator=torch.Generator().manual_seed(config.seed))
+    return {k: v * 25 / learner.accelerator.unwrap_model(learner.model).head.scale for k, v in found.items()}   # learnt at one scale whatever the backbone's
 
 
 _STAGE2 = {"posthoc-la": _posthoc, "tau-norm": _tau_norm, "crt": _crt}
