@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'READERS', 'FORMATS', 'open_clip_config', 'write_open_clip', 'linear_part', 'log_correction', 'Classifier',
            'encoder_of', 'classifier_of', 'average_experts', 'average_of', 'write_torch_export', 'write_onnx',
-           'read_pixels', 'read_safetensors', 'read_onnx', 'read_torch_export', 'classify', 'bundle', 'predict_script',
-           'answers_without_kit', 'check_export', 'export', 'summary']
+           'read_pixels', 'read_safetensors', 'read_onnx', 'read_torch_export', 'image_files', 'classify', 'bundle',
+           'predict_script', 'answers_without_kit', 'check_export', 'export', 'summary']
 
 # %% ../nbs/55_export.ipynb #ce06ec84
 import argparse
@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import dmrs_nb.compat
@@ -38,11 +39,11 @@ import open_clip
 
 from .adaptformer import AdaptFormerCLIP
 from .calibration import calibrated, fit_temperature, negative_log_likelihood
-from .checkpoints import CHECKPOINTS
+from .checkpoints import CHECKPOINTS, write_tensors
 from .clip import CLIP, LinearProbe
 from .config import make_config
 from .compat import register_schemas
-from .data import _shortest, eval_batches, eval_transform, to_rgb
+from .data import IMAGE_SUFFIXES, _shortest, eval_batches, eval_transform, to_rgb
 from .experts import MultiExpertCLIP
 from .longtail import check_name
 from .metrics import compute_metrics
@@ -75,11 +76,9 @@ def write_open_clip(
     dtype: str = "fp32",  # of the file; open_clip computes in fp32 whatever the file holds
 ) -> None:
     "Write a folder that `open_clip.create_model('local-dir:FOLDER')` reads."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().to(DTYPES[dtype] if v.is_floating_point() else v.dtype).clone() for k, v in model.state_dict().items()},
-              folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "open_clip_config.json", config)
+    state = {k: v.to(DTYPES[dtype] if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()}
+    write_tensors(Path(folder) / "open_clip_model.safetensors", state, {"format": "pt"})
+    write_json(Path(folder) / "open_clip_config.json", config)
 
 # %% ../nbs/55_export.ipynb #c767856c
 def linear_part(
@@ -280,6 +279,18 @@ def read_torch_export(folder, info):
 READERS = {"safetensors": read_safetensors, "onnx": read_onnx, "torch-export": read_torch_export}
 
 # %% ../nbs/55_export.ipynb #a9ae18e4
+def image_files(
+    given,  # paths of files and folders
+) -> list:  # of paths; a folder without images stays as it is
+    "The images that are meant: a folder stands for all that lie in it, at any depth."
+    found = []
+    for path in given:
+        seen = lambda p: p.suffix.lower() in IMAGE_SUFFIXES and not any(x.startswith((".", "__MACOSX", "@")) for x in p.relative_to(path).parts)
+        inside = sorted(str(p) for p in Path(path).rglob("*") if seen(p) and p.is_file()) if os.path.isdir(path) else []
+        found += inside or [path]
+    return found
+
+
 def classify(
     folder,          # the exported folder
     arguments=None,  # as on the command line
@@ -288,16 +299,17 @@ def classify(
     info = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     formats = [f for f in info["formats"] if f in READERS]
     parser = argparse.ArgumentParser(description="Classify images with the model in this folder; the answers are printed as CSV.")
-    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--format", choices=formats, default=formats[0], help="which of the exported files to run")
     parser.add_argument("--top-k", type=int, default=3, help="answers for each image")
     asked = parser.parse_args(arguments)
     answer, table, unread = READERS[asked.format](folder, info), csv.writer(sys.stdout, lineterminator="\n"), []
     k = max(1, min(asked.top_k, len(info["words"])))
     table.writerow(["image"] + [f"{name}_{i}" for i in range(1, k + 1) for name in ("class", "probability")])
-    for path in asked.images:
+    for path in image_files(asked.images):
+        if os.path.isdir(path): unread.append(f"{path}: the folder holds no images"); continue
         try: pixels = read_pixels(path, info["preprocess"])
-        except Exception as e: unread.append(f"{path}: cannot be read ({e})"); continue
+        except Exception as e: unread.append(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})"); continue
         p = answer(pixels[None])[0]
         table.writerow([path] + [x for c in (-p).argsort()[:k] for x in (info["words"][c], f"{p[c]:.6f}")])
     for line in unread: print(line, file=sys.stderr)
@@ -319,6 +331,7 @@ def _import(name: str, value) -> str | None:  # a line, or None for what is not 
 
 
 def _literal(name: str, value) -> str:
+    if isinstance(value, set): return "{" + ", ".join(sorted(_literal(name, v) for v in value)) + "}"   # always in one order
     try: return repr(ast.literal_eval(repr(value)))
     except (ValueError, SyntaxError): raise ValueError(f"bundle: the constant {name} is {value!r}, which cannot be written down; build it inside the function") from None
 
@@ -373,7 +386,8 @@ def _plan(run: RunFolder, predictor, average: bool, dtype: str) -> dict:
 def _as_safetensors(plan: dict, folder: Path):
     c, config = plan["classifier"], open_clip_config(plan["clip"])
     for i, name in enumerate(plan["info"]["models"]): write_open_clip(plan["get"](i), config, folder / name, plan["dtype"])
-    save_file({k: v for k, v in dict(weight=c.weight, bias=c.bias, correction=c.correction, join=c.join).items() if v is not None}, folder / "classifier.safetensors")
+    parts = dict(weight=c.weight, bias=c.bias, correction=c.correction, join=c.join)
+    write_tensors(folder / "classifier.safetensors", {k: v for k, v in parts.items() if v is not None})
 
 
 def _as_onnx(plan: dict, folder: Path): write_onnx(plan["classifier"], plan["clip"].preprocess.image_size, folder / "model.onnx")
@@ -392,7 +406,7 @@ FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "torch-export": _as
 
 # %% ../nbs/55_export.ipynb #c298f38c
 _USE = {
-    "safetensors": "`pip install open_clip_torch safetensors`. `python predict.py IMAGE…`, or in Python `open_clip.create_model('local-dir:{first}')`: a CLIP "
+    "safetensors": "`pip install open_clip_torch safetensors`. `python predict.py IMAGE…` (or folders of them), or in Python `open_clip.create_model('local-dir:{first}')`: a CLIP "
                    "whose image encoder is the trained one. `classifier.safetensors` holds what comes after unit-length features: "
                    "`softmax((features @ weight.T + bias) / temperature + correction[e])`, mean over the experts.",
     "onnx": "`pip install onnxruntime pillow`. `python predict.py --format onnx IMAGE…`. Input `images`: (batch, 3, {size}, {size}) float32, prepared as below; "
@@ -450,7 +464,7 @@ def _filling(out: Path):
         os.replace(part, out)
     except (OSError, SafetensorError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e): raise
-        why = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
+        why = getattr(e, "strerror", None) or re.sub(r"^could not write .* \((.+)\)\. What was there .*", r"\1", " ".join(str(e).split()))[:200]
         raise OSError(f"{out}: the export could not be written ({why}). Nothing was left behind; free some space, or give another folder "
                       "with out (--out).") from e
     finally: shutil.rmtree(part, ignore_errors=True)

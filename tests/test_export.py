@@ -273,3 +273,28 @@ def test_bundle_takes_helpers_along_and_refuses_what_source_cannot_say(monkeypat
     exec(bundle(uses_helpers), alone := {})
     assert alone["uses_helpers"]([1, 5]) == ([1, 3], "a") and "from pathlib import Path" in bundle(uses_helpers)
     with pytest.raises(ValueError, match="the constant ODD .* cannot be written down"): bundle(uses_odd)
+
+
+def test_a_folder_is_searched_as_the_kit_searches_it_and_an_empty_one_is_named(run, tmp_path):
+    out, place = export(run, tmp_path / "out"), tmp_path / "new images"
+    for name in ("b.png", "deep/down/a.JPG", ".hidden/x.png", "__MACOSX/y.png", "notes.txt", "@eaDir/z.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(place / name, format="png") if name != "notes.txt" else (place / name).write_text("mine")
+    (tmp_path / "empty").mkdir()
+    def ask(*images):
+        done = subprocess.run([sys.executable, str(out / "predict.py"), *map(str, images)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done.returncode, [Path(r["image"]).relative_to(tmp_path).as_posix() for r in csv.DictReader(done.stdout.splitlines())], done.stderr.strip().splitlines()[-1:]
+    assert ask(place) == (0, ["new images/b.png", "new images/deep/down/a.JPG"], [])
+    assert [Path(p).relative_to(tmp_path).as_posix() for p in predict(run, place).image] == ask(place)[1]
+    assert ask(tmp_path / "empty", place / "b.png", tmp_path / "gone.png")[:2] == (1, ["new images/b.png"])
+    assert ask(place / "b.png", tmp_path / "empty")[2] == [f"{tmp_path / 'empty'}: the folder holds no images"]
+    assert ask(tmp_path / "gone.png") == (1, [], [f"{tmp_path / 'gone.png'}: cannot be read (No such file or directory)"])
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="modes of another kind")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664)])
+def test_every_file_of_an_export_has_the_mode_of_the_umask(run, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try: out = export(run, tmp_path / "out", formats=("safetensors", "peft", "torch-export"))
+    finally: os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {mode}

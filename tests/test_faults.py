@@ -278,3 +278,65 @@ def test_a_damaged_run_is_not_used(run, own, tmp_path, command, file, content, s
 def test_an_export_is_checked_on_images_that_are_there(run, tmp_path):
     code, line = dmrs("export", run.path, "--out", tmp_path / "files", "--check", tmp_path / "gone.png")
     assert (code, line) == (2, f"{tmp_path / 'gone.png'}: there is no such file or folder") and not (tmp_path / "files").exists()
+
+
+# ---- training that diverges
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(steps=4), "lr: found 1e+15, and training diverged: after step 1 of 4 the answers to val images hold NaN or infinity; give a smaller lr, such as 0.01"),
+    (dict(steps=4, val_size=0), "lr: found 1e+15, and training diverged: the loss of step"),
+    (dict(steps=1, val_size=0), "lr: found 1e+15, and training diverged: after step 1 of 1 the answers to test images hold NaN or infinity; give a smaller lr, such as 0.01"),
+    (dict(steps=4, method="linear-probe", lr=1e30, eval_every=4, checkpoint_every=1), "lr: found 1e+30, and training diverged:")])
+def test_a_rate_that_diverges_is_named_and_the_same_command_works_with_another(own, tmp_path, fields, says):
+    fields = dict(lr=1e15, warmup=0.0) | fields
+    code, line = ask(tmp_path, own, **fields)
+    assert code == 2 and line.startswith(says) and "give a smaller lr" in line
+    assert not half_written(tmp_path) and not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("adapter"))
+    for kept in tmp_path.rglob("*.pt"): assert all(w.isfinite().all() for w in torch.load(kept, weights_only=True)["weights"].values())
+    assert ask(tmp_path, own, **fields) == (code, line), "the same command says the same again"
+    assert ask(tmp_path, own, **fields | dict(lr=0.01))[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*hold NaN or infinity; the run begins again")
+def test_a_checkpoint_of_no_numbers_does_not_stop_a_run_for_ever(own, tmp_path):
+    config = make_config(**TINY | dict(steps=3, checkpoint_every=1, data_root=str(own), out_dir=str(tmp_path / "runs"), cache_dir=str(own.parent / "cache")))
+    def stop(row):
+        if row["step"] == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(config, progress=False, callback=stop)
+    [path] = tmp_path.rglob("last.pt")
+    state = torch.load(path, weights_only=True)
+    for w in state["weights"].values(): w.fill_(float("nan"))
+    torch.save(state, path)
+    done = fit(config, progress=False)
+    other = fit(config.model_copy(update=dict(out_dir=str(tmp_path / "again"))), progress=False)
+    assert np.array_equal(np.load(done.predictions_path)["test_logits"], np.load(other.predictions_path)["test_logits"]), "begun again from the start"
+
+
+# ---- who is to blame, and who may read
+
+@pytest.mark.parametrize("content, settings, says, blamed", [
+    ({}, ["imb_factor=2"], "imb_factor: found 2, expected less than or equal to 1", False), ({"imb_factor": 2}, [], "imb_factor: found 2", True),
+    ({"lr": -1}, ["imb_factor=2"], "lr: found -1", True), ({"lr": -1}, ["lr=0.1", "imb_factor=2"], "imb_factor: found 2", False),
+    ({"imb_factor": 0.1}, ["imb_type=none"], "imb_factor=0.1 does nothing", True), ({"steps": 3}, ["epochs=2"], "epochs=2 and steps=3 are both given", False),
+    ({}, ["target_modules=mlp_"], "target_modules: found 'mlp_', expected 'q', 'k', 'v', 'out_proj', 'c_fc' or 'c_proj'", False),
+    ({}, ["target_modules=5"], "target_modules: found 5, expected one or more values with commas between, such as q,v", False)])
+def test_what_is_given_beside_a_file_is_not_the_file_s_fault(tmp_path, content, settings, says, blamed):
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    code, line = dmrs("run", tmp_path / "c.json", "--set", f"out_dir={tmp_path / 'runs'}", *(x for s in settings for x in ("--set", s)))
+    assert code == 2 and line.startswith(f"{tmp_path / 'c.json'}: {says}" if blamed else says) and not files_of(tmp_path / "runs")
+
+
+def test_class_words_that_are_not_there_are_named_by_their_field(own, tmp_path):
+    code, line = ask(tmp_path, own, class_words="/nope.json")
+    assert code == 2 and line.startswith("class_words: ") and "cannot read the override file /nope.json" in line.replace("/nope.json: cannot read the override file", "cannot read the override file /nope.json")
+    assert not files_of(tmp_path / "runs")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_every_file_of_a_run_and_an_export_may_be_read_by_those_whom_the_umask_lets(own, tmp_path):
+    for method, adapter in (("ce", {}), ("linear-probe", {}), ("tip-adapter", {}), ("coop", {}), ("ce", dict(classifier="linear"))):
+        assert ask(tmp_path, own, method=method, **adapter | (dict(steps=0) if method == "tip-adapter" else {}))[0] == 0
+    run = next((tmp_path / "runs").glob("*-ce-*"))
+    assert dmrs("export", run, "--out", tmp_path / "files", "--format", "safetensors", "--format", "peft")[0] == 0
+    modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in files_of(tmp_path) if p.suffix == ".safetensors" or p.suffix == ".json"}
+    assert len(modes) > 20 and set(modes.values()) == {0o644}, modes
