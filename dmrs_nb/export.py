@@ -423,7 +423,7 @@ def _readme(plan: dict) -> str:
     "README.md of an export."
     info, p = plan["info"], plan["info"]["preprocess"]
     split = "The adapters on q, k or v want the input projection as three layers first: `dmrs_nb.lora.split_in_proj`. " \
-        if {"q", "k", "v"} & {n for a in getattr(plan["model"], "adapters", {}).values() for n in a} else ""
+        if {"q", "k", "v"} & {n for a in (plan["model"].adapters.values() if isinstance(plan["model"], MultiExpertCLIP) else ()) for n in a} else ""
     fill = dict(first=info["models"][0], size=p["image_size"], classes=len(info["words"]), split=split)
     many = f"the average of {info['experts']} experts" if info["average"] else f"an ensemble of {info['experts']} experts" if info["experts"] > 1 else "one model"
     prior = "as trained" if info["prior"] is None else ", ".join(f"{w} {s:.3g}" for w, s in info["prior"].items())
