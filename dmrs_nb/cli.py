@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -27,12 +27,24 @@ def _sentences(
         typer.echo(message, err=True)
         raise typer.Exit(code)
     try: yield
+    except BrokenPipeError: raise   # `| head` has seen enough
     except RunLocked as e: leave(str(e), 3)
     except KeyboardInterrupt: leave(stopped, 130)
     except (ValueError, OSError, FloatingPointError, MemoryError) as e: leave(str(e) or type(e).__name__, 2)
     except RuntimeError as e:
         if "out of memory" not in str(e): raise
         leave(f"out of memory ({' '.join(str(e).split())[:120]}); try a smaller batch size, or another device", 2)
+
+
+def _say(
+    text: str,
+):
+    "Print to standard output. Raises `OSError` with a sentence when that is a file on a full disk."
+    try: typer.echo(text, nl=False)
+    except BrokenPipeError: raise
+    except OSError as e:
+        with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # what is left over would fail once more at the end
+        raise OSError(f"standard output: could not be written ({e.strerror or e}); free some space and start the same command again, or write it elsewhere") from None
 
 # %% ../nbs/59_cli.ipynb #85f4ad57
 def parse_settings(
@@ -46,7 +58,7 @@ def parse_settings(
     return {name.strip(): value(text) for name, text in (s.split("=", 1) for s in settings)}
 
 # %% ../nbs/59_cli.ipynb #9d3f19d4
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,   # no boxes: the last line is the sentence
                   help="Long-tailed remote-sensing recognition with DMRS.")
 
 
@@ -75,7 +87,7 @@ def report(
     "Print the main numbers of a run and where it lies."
     metrics = folder.result()["metrics"]
     shown = [f"{name} {metrics[key]:.3f}" for key, name in (("acc1", "accuracy"), ("many", "many"), ("medium", "medium"), ("few", "few")) if metrics[key] is not None]
-    typer.echo(f"{'  '.join(shown)}\n{folder.path}")
+    _say(f"{'  '.join(shown)}\n{folder.path}\n")
 
 # %% ../nbs/59_cli.ipynb #76ce00f1
 class Format(str, Enum):
@@ -91,6 +103,8 @@ def _format(
     if output and output.is_dir(): raise ValueError(f"--output {output}: is a folder, expected a file such as {output / 'answers.csv'}")
     if chosen is None and output and suffix not in (".csv", ".parquet"):
         raise ValueError(f"--output {output}: found {suffix or 'no suffix'}, expected .csv or .parquet; or say --format")
+    if chosen and suffix in (".csv", ".parquet") and chosen.value != suffix[1:]:
+        raise ValueError(f"--format {chosen.value} and --output {output}: they ask for two kinds of file; leave --format out, or give --output another suffix")
     kind = chosen.value if chosen else suffix[1:] or "table"
     if kind == "parquet" and not output: raise ValueError("--format parquet: it is no text for a screen; give --output answers.parquet")
     return kind
@@ -113,7 +127,7 @@ def _write(table, kind, output):
     "Print the answers, or write them whole."
     if kind == "parquet": content = lambda f: table.astype({c: "string" for c in table if not c.startswith("probability")}).to_parquet(f, index=False)
     else: content = table.to_csv(index=False) if kind == "csv" else as_text(table, 0 if output else 20) + "\n"
-    if output is None: return typer.echo(content, nl=False)
+    if output is None: return _say(content)
     from dmrs_nb.runs import write_atomic
     write_atomic(output, content)
 
@@ -169,7 +183,7 @@ def export(
         with warnings.catch_warnings(record=True) as caught: folder = write(run, out, average, format, prior, dtype, check)
         for w in caught:
             if str(w.message).startswith("temperature"): typer.echo(f"note: {w.message}", err=True)
-        typer.echo(f"{summary(folder)}\n{folder}")
+        _say(f"{summary(folder)}\n{folder}\n")
 
 # %% ../nbs/59_cli.ipynb #3e5d1cb4
 if __name__ == "__main__" and "__file__" in globals(): app()   # a notebook is `__main__` too, but no file

@@ -154,11 +154,10 @@ def thin(
     targets, indices, rng, kept = np.asarray(targets), np.asarray(indices), np.random.RandomState(seed), []
     for c, count in enumerate(counts):
         idx = indices[targets[indices] == c]
-        if count < 1: raise ValueError(f"counts: {_name(c, classnames)} would keep {count} images, expected at least 1; "
-                                       "choose a larger imb_factor or img_max.")
+        if count < 1: raise ValueError(f"counts: {_name(c, classnames)} would keep {count} images, expected at least 1.")
         if len(idx) == 0 or (len(idx) < count and short == "stop"):
             raise ValueError(f"counts: {_name(c, classnames)} has {len(idx)} training images, but {count} are asked for; "
-                             "choose a smaller img_max, order='size', or add images.")
+                             "ask for fewer, or add images.")
         rng.shuffle(idx)
         kept.append(idx[:count])
     return np.sort(np.concatenate(kept))
@@ -221,6 +220,21 @@ def _given_split(
     return {name: parts[name] if shares.get(name) == 0. else parts["train"][carved[name]] for name in parts}
 
 # %% ../nbs/01_longtail.ipynb #2bca3b45
+def _check_profile(
+    counts,         # (C,) images that the profile asks for, in class order
+    available,      # (C,) training images that each class has
+    classnames,     # (C,) names
+    short: str,     # as in thin
+) -> None:
+    "Say what a profile asks too much or too little of, by the fields that a person gives: img_max, imb_factor, class_order."
+    for c, (count, there) in enumerate(zip(counts, available)):
+        if count < 1: raise ValueError(f"imb_factor: {_name(c, classnames)} would keep {count} images, expected at least 1; "
+                                       "choose a larger imb_factor or img_max.")
+        if there < count and short == "stop":
+            raise ValueError(f"img_max: {_name(c, classnames)} has {there} training images, but {count} are asked for; choose a smaller img_max, "
+                             "let the largest classes be the head (class_order=size, here order='size'), or add images.")
+
+# %% ../nbs/01_longtail.ipynb #2634a2da
 def longtail_split(
     targets,                        # (N,) class index of each image
     classnames,                     # (C,) names
@@ -248,7 +262,9 @@ def longtail_split(
     profile = img_num_per_cls(len(train) // C if img_max is None else img_max, C, imb_type, imb_factor)
     if imb_type != "none":
         counts = np.array(profile)[np.argsort(class_order(available, order, seed))]
-        train = thin(targets, train, counts, seed, classnames, short="take" if split == "published" and given is None else "stop")
+        short = "take" if split == "published" and given is None else "stop"
+        _check_profile(counts, available, classnames, short)
+        train = thin(targets, train, counts, seed, classnames, short)
     return Split(np.sort(train), parts["val"], parts["test"], cls_num_list(targets[train], C))
 
 # %% ../nbs/01_longtail.ipynb #b3173d88

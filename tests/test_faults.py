@@ -340,3 +340,8 @@ def test_every_file_of_a_run_and_an_export_may_be_read_by_those_whom_the_umask_l
     assert dmrs("export", run, "--out", tmp_path / "files", "--format", "safetensors", "--format", "peft")[0] == 0
     modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in files_of(tmp_path) if p.suffix == ".safetensors" or p.suffix == ".json"}
     assert len(modes) > 20 and set(modes.values()) == {0o644}, modes
+
+
+def test_a_profile_that_asks_too_much_names_the_fields(own, tmp_path):
+    code, line = ask(tmp_path, own, imb_type="exp", imb_factor=0.1, img_max=500)
+    assert code == 2 and line.startswith("img_max: class 'beach' has") and "class_order=size" in line and "counts" not in line and not files_of(tmp_path / "runs")

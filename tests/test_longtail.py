@@ -261,3 +261,10 @@ def test_windows_paths_become_portable(tmp_path):
 def test_counting_images_does_not_load_torch():
     code = "import sys, dmrs_nb.longtail as l; l.img_num_per_cls(9, 3); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(img_max=500, imb_factor=.1), r"^img_max: class 'a' has 450 training images, but 500 are asked for; choose a smaller img_max, .*class_order=size.*order='size'.*or add images\.$"),
+    (dict(img_max=20, imb_factor=.01), r"^imb_factor: class 'c' would keep 0 images, expected at least 1; choose a larger imb_factor or img_max\.$")])
+def test_a_profile_that_asks_too_much_names_what_a_person_gave(fields, says):
+    with pytest.raises(ValueError, match=says): longtail_split(np.repeat([0, 1, 2], [600, 40, 40]), ["a", "b", "c"], "exp", val=0, test=.25, **fields, given=None)

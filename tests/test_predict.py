@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -183,12 +185,20 @@ def test_a_full_disk_leaves_the_file_that_was_there(run, river, tmp_path, monkey
 @pytest.mark.parametrize("arguments, says", [
     (["--prior", "unifrom"], "did you mean 'uniform'"), (["--prior", "gone.json"], "or a file of class shares"), (["--output", "a.xls"], "expected .csv or .parquet"),
     (["--output", "."], "is a folder"), (["--format", "parquet"], "give --output"), (["--device", "gpu"], "device: found 'gpu'"), (["--device", "cuda:99"], "cuda:99"),
-    (["--top-k", "0"], "top-k"), (["--format", "xml"], "xml"), (["gone.png"], "gone.png: there is no such file or folder")])
+    (["--output", "a.parquet", "--format", "csv"], "--format csv and --output a.parquet: they ask for two kinds of file"), (["--output", "a.csv", "--format", "table"], "they ask for two kinds of file"),
+    (["--top-k", "0"], "'--top-k'"), (["--batch-size", "0"], "'--batch-size'"), (["--format", "xml"], "'--format'"), (["gone.png"], "gone.png: there is no such file or folder")])
 def test_mistakes_are_sentences_and_nothing_is_computed(run, river, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "_gather", lambda *_: pytest.fail("images were read"))
     code, text, err = dmrs(run.path, river, *arguments)
-    assert code == 2 and says in " ".join(err.split()) and "Traceback" not in err and not text and not os.listdir(tmp_path)
+    assert code == 2 and says in err.strip().splitlines()[-1] and "Traceback" not in err and not text and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("arguments, says", [(["predict"], "'RUN'"), (["predict", "x"], "'IMAGE…'"), (["run"], "'CONFIG.json'"), (["export"], "'RUN'"), (["predict", "x", "y", "--topk", "3"], "--topk"),
+                                             (["predict", "x", "y", "--top-k", "many"], "'--top-k'"), (["rnu"], "'rnu'")])
+def test_the_last_line_of_a_wrong_command_names_what_is_wrong(arguments, says):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and says in done.stderr.strip().splitlines()[-1] and not done.stdout
 
 
 def test_a_wrong_run_names_the_runs_nearby(place, run, river):
@@ -227,3 +237,25 @@ def test_interrupted_and_out_of_memory(run, river, monkeypatch, raised, code, sa
     monkeypatch.setattr(training, "_gather", fails)
     left, text, err = dmrs(run.path, river)
     assert left == code and says in err and not text
+
+
+def as_process(*arguments, **kw): return subprocess.run([sys.executable, "-m", "dmrs_nb.cli", *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **kw)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is of Linux")
+def test_answers_on_a_full_disk_end_in_a_sentence(run, river):
+    with open("/dev/full", "w") as full: done = as_process("predict", run.path, river, "--format", "csv", "--device", "cpu", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == "standard output: could not be written (No space left on device); free some space and start the same command again, or write it elsewhere\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="terminals of another kind")
+def test_the_bar_is_for_terminals(run, river):
+    ours, theirs = os.openpty()
+    done = as_process("predict", run.path, river, "--device", "cpu", "--batch-size", "4", stdout=subprocess.PIPE, stderr=theirs)
+    os.set_blocking(ours, False)
+    seen = os.read(ours, 100_000).decode()   # before the other end is closed: then it would be gone
+    for end in (ours, theirs): os.close(end)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 16 and "predicting" in seen and "16" in seen and "image/s" in seen
+    piped = as_process("predict", run.path, river, "--device", "cpu", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (piped.returncode, piped.stderr, piped.stdout) == (0, "", done.stdout)
