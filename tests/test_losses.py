@@ -170,6 +170,15 @@ def test_labels_may_be_whole_numbers_of_any_width():
     assert expert_cross_entropy(z, F.one_hot(y, 3)).equal(expert_cross_entropy(z, F.one_hot(y, 3).double()))
 
 
+@pytest.mark.parametrize("tau", [0., 1., 2.5])
+def test_logit_adjustment_adds_tau_log_prior_by_hand(tau):
+    z, y, n = np.array([[0.5, -1., 2.], [1., 0., -0.5]]), [0, 2], np.array([70, 20, 10])
+    moved = z + tau * np.log(n / 100)
+    costs = [np.log(np.exp(row).sum()) - row[c] for row, c in zip(moved, y)]
+    close(LogitAdjustedLoss(n, tau)(torch.from_numpy(z), torch.tensor(y)), torch.tensor(np.mean(costs)))
+    if tau == 1: close(BalancedSoftmaxLoss(n)(torch.from_numpy(z), torch.tensor(y)), torch.tensor(np.mean(costs)))
+
+
 @pytest.mark.parametrize("shares, lam", [([100, 10, 1], 1.), ([10, 10, 10], 0.), ([10, 10**.5, 1], 0.5)])
 def test_balanced_pairs_of_sampler_and_prior(shares, lam):
     close(effective_prior(shares, [100, 10, 1], lam), torch.full((3,), 1 / 3), 1e-5)
