@@ -2,7 +2,7 @@
 
     python tests/mutation_drill.py                     # all of them, some minutes
     python tests/mutation_drill.py --only "sign of λ"  # those whose name holds these letters
-    python tests/mutation_drill.py --store             # keep the result of all of them in tests/mutation_drill.json
+    python tests/mutation_drill.py --store             # keep the result in tests/mutation_drill.json; with --only, of those
 """
 import argparse
 import importlib
@@ -122,7 +122,7 @@ MUTATIONS = [Mutation(*row) for row in (
     ("CMO foregrounds as images come", "mixing", "test_mixing.py",
      'foreground = "class"',
      'foreground = "instance"'),
-    ("class-aware sampler draws by images", "sampling", "test_sampling.py",
+    ("class-aware sampler draws by images", "sampling", "test_sampling.py::test_the_published_sampler_and_ours_draw_from_one_distribution",
      "sampling_prior(self.name, self.cls_num_list)",
      'sampling_prior("instance", self.cls_num_list)'),
     ("split with val in train", "longtail", "test_longtail.py",
@@ -237,13 +237,14 @@ def git(*args) -> str: return subprocess.run(["git", "-C", str(ROOT), *args], ca
 
 
 def store(rows) -> None:
-    "Write the result with what it depends on, or leave what was there."
+    "Put rows into the stored result, each with its date and commit, in the order of MUTATIONS; rows of mutations that are no more go."
     changes = git("status", "--porcelain", "--", "dmrs_nb", "tests", ":(exclude)dmrs_nb/_modidx.py", f":(exclude)tests/{RESULT.name}")
-    commit = git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    when = dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), commit=git("rev-parse", "HEAD") + ("+changes" if changes else ""))
     packages = {p: version(p) for p in ("torch", "torchvision", "open_clip_torch", "numpy", "pytest", "hypothesis")}
-    kept = [{k: v for k, v in row.items() if k != "how"} for row in rows]
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    text = json.dumps(dict(date=date, commit=commit, python=platform.python_version(), packages=packages, mutations=kept), indent=1, ensure_ascii=False)
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["mutations"] if RESULT.exists() else []
+    kept = {r["name"]: r for r in before} | {r["name"]: {k: v for k, v in r.items() if k != "how"} | when for r in rows}
+    text = json.dumps(when | dict(python=platform.python_version(), packages=packages, mutations=[kept[m.name] for m in MUTATIONS if m.name in kept]),
+                      indent=1, ensure_ascii=False)
     part = RESULT.with_name(RESULT.name + ".part")
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, RESULT)
@@ -253,11 +254,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run the mutations whose name holds this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
-    parser.add_argument("--store", action="store_true", help=f"write the result of all to {RESULT.name}")
+    parser.add_argument("--store", action="store_true", help=f"put the result into {RESULT.name}")
     args = parser.parse_args()
     chosen = [m for m in MUTATIONS if args.only in m.name]
     if not chosen: parser.error(f"--only: no mutation's name holds {args.only!r}; there are {'; '.join(m.name for m in MUTATIONS)}")
-    if args.store and args.only: parser.error("--store keeps the result of all mutations; leave --only out")
     if lost := [f"{m.name}: the text to replace is found {places(m)} times in {m.module}.py, expected once" for m in chosen if places(m) != 1]:
         sys.exit("\n".join(lost))
     unbroken = each_in_its_own_process([Mutation("nothing broken", None, t, "", "") for t in dict.fromkeys(m.tests for m in chosen)], args.jobs)
