@@ -73,8 +73,8 @@ class AnswerFields(_Fields):
     combine: Literal["mean", "product", "test-time"] = Field("mean", description="how experts answer together: mean of probabilities, mean of logits, or weights from unlabelled test images")
     text_lora: bool = Field(False, description="low-rank adapters on q, k, v of the text encoder too")
     bottleneck: int | None = Field(None, ge=1, le=4096, description="width inside each AdaptFormer; None: from classes and blocks, as LIFT")
-    context_tokens: int = Field(16, ge=1, le=64, description="learned tokens before the class words (adapter=prompt)")
-    tip_views: int = Field(10, ge=1, le=100, description="random views of each training image that make a key (adapter=tip, tip-f)")
+    context_tokens: int = Field(16, ge=1, le=64, description="learned tokens before the class words (adapter: prompt)")
+    tip_views: int = Field(10, ge=1, le=100, description="random views of each training image that make a key (adapter: tip, tip-f)")
     tte: bool = Field(False, description="test-time ensembling over five shifted crops")
 
 # %% ../nbs/50_config.ipynb #c168beb7
@@ -82,15 +82,15 @@ class LossFields(_Fields):
     "What is minimised, and what is done to the classifier afterwards."
     loss: Literal["ce", "logit-adjusted", "balanced-softmax", "mme", "weighted-ce", "focal", "class-balanced", "ldam-drw", "ride", "sade"] = Field("ce", description="what is minimised")
     tau: float = Field(1.0, ge=0, le=100, description="strength of logit adjustment, also after training and of SADE's tail expert")
-    gamma: float = Field(2.0, ge=0, le=100, description="focusing exponent of loss=focal")
+    gamma: float = Field(2.0, ge=0, le=100, description="focusing exponent of the focal loss")
     beta: float | None = Field(None, ge=0, lt=1, description="effective number of images; None: 0.999 for class-balanced, 0.9999 for ldam-drw and ride")
-    max_margin: float = Field(0.5, ge=0, le=2, description="margin of the rarest class, in cosine (loss=ldam-drw, ride)")
-    defer: float = Field(0.8, ge=0, le=1, description="share of the run before re-weighting begins (loss=ldam-drw, ride)")
-    diversity: float = Field(-0.2, ge=-10, le=10, description="factor of the divergence between experts (loss=ride)")
+    max_margin: float = Field(0.5, ge=0, le=2, description="margin of the rarest class, in cosine (loss: ldam-drw, ride)")
+    defer: float = Field(0.8, ge=0, le=1, description="share of the run before re-weighting begins (loss: ldam-drw, ride)")
+    diversity: float = Field(-0.2, ge=-10, le=10, description="factor of the divergence between experts (loss: ride)")
     lambdas: tuple[float, ...] | None = Field(None, description="prior exponent λ of each expert; None: the table below")
     stage2: Literal["none", "crt", "tau-norm", "posthoc-la"] = Field("none", description="what is done to the classifier of a finished run of the same settings")
-    stage2_lr: float = Field(0.2, gt=0, le=1e3, description="learning rate of stage2=crt, at 512 images a step")
-    stage2_epochs: float = Field(10.0, gt=0, le=1e4, description="passes of stage2=crt")
+    stage2_lr: float = Field(0.2, gt=0, le=1e3, description="learning rate of stage 2 crt, at 512 images a step")
+    stage2_epochs: float = Field(10.0, gt=0, le=1e4, description="passes of stage 2 crt")
 
 # %% ../nbs/50_config.ipynb #cb89affc
 class DrawFields(_Fields):
