@@ -7,16 +7,16 @@ __all__ = ['AdaptFormer', 'bottleneck_of', 'beside_mlp', 'adapted_features', 'ch
            'write_adapters', 'read_adapters', 'five_crops', 'tte_logits']
 
 # %% ../nbs/14_adaptformer.ipynb #f5815ac5
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoints import write_tensors
 from .experts import check_experts, expert_features
 
 # %% ../nbs/14_adaptformer.ipynb #138d6bfd
@@ -131,11 +131,7 @@ def write_adapters(
     folder: str | Path,  # gets adaptformer.safetensors and the head's file
 ) -> None:
     "Write the adapters and the head; each file whole or not at all."
-    path = Path(folder) / "adaptformer.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.adapters.state_dict().items()}, part, metadata={"format": "pt"})
-    os.replace(part, path)
+    write_tensors(Path(folder) / "adaptformer.safetensors", model.adapters.state_dict(), {"format": "pt"})
     model.head.save(folder)
 
 

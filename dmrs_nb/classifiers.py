@@ -7,16 +7,16 @@ __all__ = ['HEADS', 'TAUS', 'mean_recall', 'LinearHead', 'CosineHead', 'make_hea
            'retrain_classifier', 'tau_normalise', 'tau_recalls', 'choose_tau', 'posthoc_bias']
 
 # %% ../nbs/13_classifiers.ipynb #4ceb40cd
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoints import write_tensors
 from .longtail import check_name
 from .sampling import make_sampler
 
@@ -96,11 +96,7 @@ def write_head(
     folder: str | Path,  # gets head.safetensors, whole or not at all
 ) -> None:
     "Write a head's parameters and its scale."
-    path = Path(folder) / "head.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in _state(head).items()}, part, metadata={"format": "pt"})
-    os.replace(part, path)
+    write_tensors(Path(folder) / "head.safetensors", _state(head), {"format": "pt"})
 
 # %% ../nbs/13_classifiers.ipynb #ea596a0f
 def read_head(
