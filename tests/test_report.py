@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from dmrs_nb import report  # noqa: E402
+from dmrs_nb.calibration import calibrated, fit_temperature  # noqa: E402
 from dmrs_nb.clip import encode_images  # noqa: E402
 from dmrs_nb.config import make_config  # noqa: E402
 from dmrs_nb.data import eval_batches, eval_transform  # noqa: E402
@@ -320,6 +321,66 @@ def test_mistakes_with_their_images(tmp_path, kind):
     assert any(f"→ {table.answered[0]}, {100 * table.probability[0]:.0f} %" in t for t in said)
     probs, targets = report.run_probs(run), run.predictions["test_targets"]
     assert table.probability[0] == max(p.max() for p, t in zip(probs, targets) if p.argmax() != t)
+    assert fig._suptitle.get_text() == f"The 5 surest mistakes, true class → answer (not calibrated): {(table.probability > .9).sum() or 'none'} with more than 90 %"
+    assert report.plot_mistakes(run, images, n=1)._suptitle.get_text().startswith("The surest mistake, true class")
+
+
+def with_validation(run, n, scale=1.0):
+    "The run again, with n validation images whose answers are as good as those on test, all logits multiplied by scale."
+    stored = {**np.load(run / "predictions.npz")}
+    stored["test_logits"] = stored["test_logits"] * np.float32(scale)
+    stored |= dict(val_logits=stored["test_logits"][:, :n], val_targets=stored["test_targets"][:n])
+    np.savez(run / "predictions.npz", **stored)
+    return report.load_run(run)
+
+
+def test_confidences_are_those_of_predict_and_the_table_says_what_the_temperature_does(tmp_path):
+    run = with_validation(make_run(tmp_path, "r", n=200, strength=1.5), 200, scale=6.0)   # far too sure
+    T, n = report.run_temperature(run)
+    assert n == 200 and T == fit_temperature(run.predictions["val_logits"], run.predictions["val_targets"]) and T > 2
+    np.testing.assert_allclose(report.run_probs(run, temperature="val"), calibrated(run.predictions["test_logits"], T), atol=1e-6)
+    np.testing.assert_allclose(report.run_probs(run), calibrated(run.predictions["test_logits"]), atol=1e-6)
+    table = report.calibration_table(run)
+    assert list(table.index) == ["as trained", "calibrated"] and list(table["validation images"]) == [0, 200] and table.temperature["calibrated"] == T
+    assert table["ece on test"]["calibrated"] < table["ece on test"]["as trained"] - .05 and table["nats an image"]["calibrated"] < table["nats an image"]["as trained"]
+    worst, wrong = report.mistakes(run, 10**6), report.run_probs(run).argmax(1) != run.predictions["test_targets"]
+    assert len(worst) == wrong.sum() and worst.probability.is_monotonic_decreasing and worst.probability.max() <= report.run_probs(run, temperature="val")[wrong].max() + 1e-9
+    assert "(calibrated)" in report.plot_mistakes(run, ".", n=2)._suptitle.get_text()
+
+
+def test_too_few_validation_images_fit_no_temperature(tmp_path):
+    run = with_validation(make_run(tmp_path, "r", n=50), 9)
+    assert report.run_temperature(run) == (1.0, 0) and list(report.calibration_table(run).index) == ["as trained"]
+    assert np.array_equal(report.run_probs(run, temperature="val"), report.run_probs(run))
+
+
+@pytest.mark.parametrize("E, said", [(1, "One expert: it is the whole model"), (2, "Best alone: all on many"), (3, "Best alone: all on many")])
+def test_experts_that_tie_are_said_in_english(tmp_path, E, said):
+    run = report.load_run(make_run(tmp_path, "r", E=E, strength=50))
+    assert said in " ".join(texts(report.plot_experts(run)))
+    assert report.load_run(tmp_path / "r").metrics["many"] == 1
+
+
+def test_two_of_three_experts_that_tie(tmp_path):
+    path = make_run(tmp_path, "r", E=3, strength=50)
+    def lower(record): record["experts"][1] |= {g: 0.5 for g in ("many", "medium", "few")}
+    edit(path, lower)
+    assert "Best alone: experts 1 and 3 on many" in " ".join(texts(report.plot_experts(report.load_run(path))))
+
+
+@pytest.mark.parametrize("stored, read", [("no", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_the_precision_has_one_name_in_old_and_new_results(tmp_path, stored, read):
+    path = make_run(tmp_path, "r")
+    edit(path, lambda record: record.update(place=dict(precision=stored)))
+    assert report.load_run(path).record["place"]["precision"] == read
+
+
+def test_one_test_image_decides_nothing(tmp_path):
+    table = report.failing_classes(answer(tmp_path, "r", [20, 20, 20, 20, 0], wrong=[1, 0, 0, 4, 3]), target=.8)
+    assert list(table.verdict) == ["fails"]
+    path = make_run(tmp_path, "one", n=6, strength=-50)   # the first class has two images, the others one
+    table = report.failing_classes(path).set_index("class")
+    assert dict(zip(table.index, table.verdict)) == {w: "fails" if n == 2 else "unsure" for w, n in zip(table.index, table.n_test)} and set(table.n_test) == {1, 2}
 
 
 def test_a_run_without_mistakes(tmp_path):
