@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-import dmrs_nb.compat
+from .compat import register_schemas   # before open_clip, which imports torchvision
 import open_clip
 
 from .adaptformer import AdaptFormerCLIP
@@ -42,7 +42,6 @@ from .calibration import calibrated, fit_temperature, negative_log_likelihood
 from .checkpoints import CHECKPOINTS, write_tensors
 from .clip import CLIP, LinearProbe
 from .config import make_config
-from .compat import register_schemas
 from .data import IMAGE_SUFFIXES, _shortest, eval_batches, eval_transform, to_rgb
 from .experts import MultiExpertCLIP
 from .longtail import check_name

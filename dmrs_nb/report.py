@@ -99,7 +99,7 @@ def load_run(
     predictions = _read_predictions(folder.predictions_path, len(record["data"]["words"]))
     return Run(folder.path, record["config"], record["metrics"], record["data"], predictions, _read_history(folder.history_path), record)
 
-
+# %% ../nbs/53_report.ipynb #4b0247e7
 def run_probs(
     run: Run,            # with stored predictions
     part: str = "test",  # "test" | "val"
