@@ -33,7 +33,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-
 from .compat import register_schemas   # before open_clip, which imports torchvision
 import open_clip
 
