@@ -89,7 +89,7 @@ def test_a_model_that_was_not_trained_has_no_prior_to_move(place, river):
     zero = place[1]["zero-shot"]
     assert predict(zero, river).class_1.notna().all()
     for prior in ("uniform", "estimate"):
-        with pytest.raises(ValueError, match="not trained answers with no known class shares"): predict(zero, river, prior=prior)
+        with pytest.raises(ValueError, match="was not trained, so its class shares are not known"): predict(zero, river, prior=prior)
 
 
 def test_one_answer_for_an_image_however_it_comes(run, river):
