@@ -687,7 +687,7 @@ def _look(learner, task, part, done):
 def _row(learner, task, done, losses, look) -> dict:
     "A row of history, with validation metrics when it is time to look."
     c, a = learner.config, learner.accelerator
-    row = dict(step=done, epoch=done * c.batch_size / len(task.split.train), lr=lr_at(done - 1, learner.steps, c), loss=float(np.mean(losses)))
+    row = dict(step=done, epoch=done * c.batch_size / len(task.split.train), lr=lr_at(done - 1, learner.steps, c, learner.per_epoch), loss=float(np.mean(losses)))
     if not look: return row
     if c.select == "best-test": row["test_acc1"] = drawn_metrics(c, task, _look(learner, task, "test", done)[1], a.unwrap_model(learner.model))["acc1"]
     if not len(task.split.val): return row

@@ -289,7 +289,6 @@ def test_switch_optimiser_is_plain_sgd_whose_rate_hardly_moves(bench):
     assert 0.004 < large < 0.005, "at the published size it never reaches the nominal 0.1"
 
 
-@pytest.mark.xfail(strict=True, reason="the history holds lr_at(…) of one step an epoch; _row has to pass learner.per_epoch")
 def test_switch_optimiser_stores_the_rates_that_were_used(bench, monkeypatch, tmp_path):
     used, step = [], Learner.step
     def watched(self, t, *batch):
