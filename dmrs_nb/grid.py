@@ -114,7 +114,7 @@ def _said(error: dict) -> str:
     if error["type"] == "missing": return f"{path}: is missing"
     return f"{path}: found {error.get('input')!r:.80}, expected {error['msg'].removeprefix('Input should be ')}"
 
-# %% ../nbs/52_grid.ipynb #7a0a1de3
+# %% ../nbs/52_grid.ipynb #b682692e
 def read_spec(
     source,    # a YAML file, or a dict, or a Spec
 ) -> Spec:
@@ -131,7 +131,8 @@ def read_spec(
     except yaml.YAMLError as e: raise GridError(f"{name}: expected YAML, but {' '.join(str(e).split())[:200]}") from None
     except ValidationError as e: raise GridError(f"{name}: " + "; ".join(dict.fromkeys(map(_said, e.errors())))) from None
     except ValueError as e: raise GridError(f"{name}: {e}") from None
-    if spec.groups and (spec.matrix or spec.runs): raise GridError(f"{name}: groups and {'matrix' if spec.matrix else 'runs'} stand side by side; move {'matrix' if spec.matrix else 'runs'} into a group")
+    beside = "matrix" if spec.matrix else "runs"
+    if spec.groups and (spec.matrix or spec.runs): raise GridError(f"{name}: groups and {beside} stand side by side; move {beside} into a group")
     return spec
 
 
@@ -213,7 +214,7 @@ def fits(
     def one(found, wanted): return found in wanted if isinstance(wanted, list) and not isinstance(found, list) else found == wanted
     return all(k in parameters and one(parameters[k], v) for k, v in condition.items())
 
-# %% ../nbs/52_grid.ipynb #3f697a80
+# %% ../nbs/52_grid.ipynb #b62c38ae
 def _parameters(spec: Spec):
     "The parameters of every cell, seeds outermost: a grid that is stopped early is balanced."
     used, blocks = set(), spec.groups or [spec]
@@ -227,7 +228,8 @@ def _parameters(spec: Spec):
                 if fits(cell, change.when): cell |= change.set; used.add(id(change))
             yield {k: v for k, v in cell.items() if v is not None}
     conditions = {id(c): (kind, c if kind == "exclude" else c.when) for b in (spec, *spec.groups) for kind in ("exclude", "overrides") for c in getattr(b, kind)}
-    if lost := [c for key, c in conditions.items() if key not in used]: raise GridError(f"{lost[0][0]}: no cell fits {json.dumps(lost[0][1])}; correct it, or take it out")
+    for kind, condition in (c for key, c in conditions.items() if key not in used):
+        raise GridError(f"{kind}: no cell fits {json.dumps(condition)}; correct it, or take it out")
 
 # %% ../nbs/52_grid.ipynb #573e1624
 @dataclass
@@ -343,7 +345,7 @@ def kept_ids(
     path = Path(results or "") / "runs.csv"
     return set(pd.read_csv(path, usecols=["run_id"]).run_id) if results and path.exists() else set()
 
-# %% ../nbs/52_grid.ipynb #b6dbe7a0
+# %% ../nbs/52_grid.ipynb #f9040858
 def like_seconds(
     fields: dict,   # of the cell
     known: list,    # (fields, seconds) of finished runs
@@ -363,13 +365,13 @@ def status(
     "Where every cell of a grid stands."
     import pandas as pd
     grid, code, kept = open_grid(spec, out), code_hash(), kept_ids(results)
-    states = [state_of(c, code, kept) for c in grid.cells]
-    rows = [{"run_id": c.run_id, "state": s.name} | {k: c.parameters.get(k) for k in grid.written} | {"said": s.said} for c, s in zip(grid.cells, states)]
+    states, written = [state_of(c, code, kept) for c in grid.cells], grid.written
+    rows = [{"run_id": c.run_id, "state": s.name} | {k: c.parameters.get(k) for k in written} | {"said": s.said} for c, s in zip(grid.cells, states)]
     table = pd.DataFrame(rows)
     table.attrs = {"counts": {n: k for n in STATES if (k := sum(s.name == n for s in states))}, "states": states}
     return table
 
-# %% ../nbs/52_grid.ipynb #e564b337
+# %% ../nbs/52_grid.ipynb #21643dc7
 LEFT = ("left", "interrupted", "failed", "trained")
 
 
@@ -382,9 +384,9 @@ def plan(
     "What a grid would run, what is done, and how long the rest may take. Nothing is written."
     grid = open_grid(spec, out)
     table = status(grid, results=results)
-    states = table.attrs.pop("states")
+    states, varying = table.attrs.pop("states"), grid.varying
     known = [(c.fields, _seconds(c, s)) for c, s in zip(grid.cells, states) if s.seconds is not None]
-    guess = [like_seconds(c.fields, known, grid.varying) if s.name in LEFT else None for c, s in zip(grid.cells, states)]
+    guess = [like_seconds(c.fields, known, varying) if s.name in LEFT else None for c, s in zip(grid.cells, states)]
     table.insert(2, "estimate_s", guess)
     left = [g for g, s in zip(guess, states) if s.name in LEFT]
     table.attrs |= {"seconds": sum(g for g in left if g is not None) / workers, "unknown": sum(g is None for g in left)}
@@ -396,7 +398,7 @@ def _seconds(cell: Cell, state: State) -> float:
     try: return read_json(cell.run.path / "cell.json")["seconds"]
     except (ValueError, KeyError): return state.seconds
 
-# %% ../nbs/52_grid.ipynb #0d88564a
+# %% ../nbs/52_grid.ipynb #b5d18665
 def die_with_parent(
     parent: int,  # process id of the parent that is meant
 ) -> None:
@@ -413,7 +415,11 @@ def die_with_parent(
     if os.name != "nt" and gone(): os._exit(1)   # it ended before it could be watched
 
 
-_KERNEL = "import os; from dmrs_nb.grid import die_with_parent; die_with_parent(int(os.environ['JPY_PARENT_PID'])); from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
+_KERNEL = """import os
+from dmrs_nb.grid import die_with_parent
+die_with_parent(int(os.environ["JPY_PARENT_PID"]))
+from ipykernel.kernelapp import launch_new_instance
+launch_new_instance()"""
 
 
 def _kernel_manager():
@@ -474,7 +480,7 @@ def _tidy():
         import ctypes
         with contextlib.suppress(AttributeError): ctypes.CDLL(None).malloc_trim(0)   # glibc only
 
-# %% ../nbs/52_grid.ipynb #930557d4
+# %% ../nbs/52_grid.ipynb #f25e9c58
 def reason_of(
     name: str,     # of the exception
     message: str,
@@ -498,9 +504,9 @@ def execute(
         papermill.execute_notebook(job["notebook"], job["part"], job["parameters"], cwd=job["cwd"], kernel_name="python3", language="python", progress_bar=False, **how)
     except Exception as e:
         name, text = (e.ename, e.evalue) if type(e).__name__ == "PapermillExecutionError" else (type(e).__name__, str(e))
-        dead = name == "DeadKernelError"
         with contextlib.suppress(OSError): sys.stderr.write(f"{e}\n")   # for the last lines of the log
-        failed = {"reason": "killed" if dead else reason_of(name, text), "message": "the kernel's process was ended" if dead else f"{name}: {' '.join(text.split())[:600]}"}
+        failed = {"reason": reason_of(name, text), "message": f"{name}: {' '.join(text.split())[:600]}"}
+        if name == "DeadKernelError": failed = {"reason": "killed", "message": "the kernel's process was ended"}
     return failed | {"seconds": round(time.perf_counter() - start, 3), "cpu_s": round(sum(os.times()[:4]) - cpu, 3), "rss_mb": _resident()}
 
 # %% ../nbs/52_grid.ipynb #9256add8
@@ -648,7 +654,7 @@ class Local(_Slots):
         self.slots = [None] * len(self.slots)
         return jobs
 
-# %% ../nbs/52_grid.ipynb #0b8280e7
+# %% ../nbs/52_grid.ipynb #8f71a8c1
 @dataclass
 class Job:
     "A cell that is being run."
@@ -667,17 +673,19 @@ class Ran:
     failed: dict = field(default_factory=dict)     # run id → sentence
 
     def __str__(self):
-        parts = (f"{len(v)} {name}" for name, v in (("trained", self.trained), ("there already", self.skipped), ("finished by another grid", self.elsewhere), ("failed", self.failed)) if v)
+        named = {"trained": self.trained, "there already": self.skipped, "finished by another grid": self.elsewhere, "failed": self.failed}
+        parts = (f"{len(v)} {name}" for name, v in named.items() if v)
         return ", ".join(parts) or "nothing to do"
 
-# %% ../nbs/52_grid.ipynb #805a5844
+# %% ../nbs/52_grid.ipynb #c36aa05f
 def settle(
     job: Job,
     answer: dict,  # as `execute` gives it
 ) -> str | None:   # None: it has its result; else the sentence
     "Keep what a cell has left: its notebook, what it took, or why it failed."
-    cell, message = job.cell, answer.get("message", "")
-    if answer["reason"] is None and not cell.run.done: answer |= {"reason": "exception", "message": f"the notebook ran to its end, but wrote no {cell.run.metrics_path}", "tail": []}
+    cell = job.cell
+    if answer["reason"] is None and not cell.run.done:
+        answer |= {"reason": "exception", "message": f"the notebook ran to its end, but wrote no {cell.run.metrics_path}", "tail": []}
     record = {"run_id": cell.run_id, "attempts": job.attempt, "date": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "code": code_hash()}
     _keep_notebook(cell, answer)
     if answer["reason"] is None:
@@ -694,7 +702,8 @@ def _keep_notebook(cell: Cell, answer: dict):
     if answer["reason"] not in (None, "exception"):
         with contextlib.suppress(ValueError, KeyError, OSError):   # it may have been cut in the middle of a line
             nb = json.loads(cell.part.read_text(encoding="utf-8"))
-            nb["cells"].insert(0, {"cell_type": "markdown", "id": "why-it-ended", "metadata": {}, "source": f"**This run failed**: {answer['reason']}, {answer['message']}"})
+            why = f"**This run failed**: {answer['reason']}, {answer['message']}"
+            nb["cells"].insert(0, {"cell_type": "markdown", "id": "why-it-ended", "metadata": {}, "source": why})
             write_atomic(cell.part, json.dumps(nb, indent=1, ensure_ascii=False) + "\n", durable=False)
     with contextlib.suppress(OSError): os.replace(cell.part, cell.run.notebook_path)
 
@@ -725,14 +734,16 @@ class _Claims:
         self.bar.update()
         if not self.bar.disable: self.bar.write(f"{cell.run_id}: {said}", file=sys.stderr)
 
-# %% ../nbs/52_grid.ipynb #ee984969
+# %% ../nbs/52_grid.ipynb #11b7eb9f
 class _Claiming(_Claims):
     def take(self, cell) -> "Job | None":
         "Claim a cell; None where there is nothing to do, or not yet."
         lock = filelock.FileLock(cell.claim)
         try: lock.acquire(timeout=0); cell.run.path.mkdir(parents=True, exist_ok=True)
         except filelock.Timeout: return self.queue.append(cell)   # another grid is at it: later
-        except OSError as e: lock.release(); return self.fail(cell, f"disk: {cell.run.path} could not be made ({e.strerror}); free some space, or choose another folder")
+        except OSError as e:
+            lock.release()
+            return self.fail(cell, f"disk: {cell.run.path} could not be made ({e.strerror}); free some space, or choose another folder")
         state = state_of(cell, self.code, self.kept, mine=True)
         new = state.name in ("left", "interrupted", "trained") or state.name == "failed" and _failure(cell).get("date", "") < self.began
         if new or state.name == "stale" and self.rerun_stale: return self.begin(cell, lock, state)
@@ -901,7 +912,7 @@ def _chosen(grid: Grid) -> set:
     given = [{k: v for k, v in (grid.spec.base | fields).items() if v is not None} for fields in grid.spec.chosen]
     with contextlib.chdir(grid.root): return {make(**fields | {"seed": seed}).run_id for fields in given for seed in seeds}
 
-# %% ../nbs/52_grid.ipynb #3675efa1
+# %% ../nbs/52_grid.ipynb #f011ae4f
 def show(
     run,       # run id, or its beginning; or a run folder
     out=None,  # folder of run folders
@@ -921,7 +932,7 @@ def show(
     if state.name in ("done", "stale", "trained"): shown["metrics"] = cell.run.result()["metrics"]
     return shown
 
-
+# %% ../nbs/52_grid.ipynb #4029d035
 def clean(
     spec,
     out=None,
@@ -940,5 +951,5 @@ def clean(
     for path in sorted((grid.out / ".grid").glob("*.stale")) if stale else (): shutil.rmtree(path); gone.append(path)
     return gone
 
-# %% ../nbs/52_grid.ipynb #076944ee
+# %% ../nbs/52_grid.ipynb #58c90152
 if __name__ == "__main__" and "__file__" in globals(): worker()   # a notebook is `__main__` too, but no file

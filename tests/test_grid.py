@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import dmrs_nb
 from dmrs_nb import grid
+from dmrs_nb.cli import app
 from dmrs_nb.grid import GridError, clean, collect, open_grid, plan, run, show, status
 from dmrs_nb.runs import read_json
 
@@ -257,6 +259,25 @@ def test_a_full_disk_is_a_failure_with_a_sentence_and_goes_on_when_there_is_room
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "File too large" in list(done.failed.values())[0] and not list(tmp_path.glob("*/metrics.json"))
     assert len(quiet(spec, tmp_path).trained) == 1
+
+
+# ---- the command
+
+def test_the_command_says_what_it_did_and_its_exit_code_agrees(count, tmp_path):
+    (tmp_path / "s.yaml").write_text(json.dumps(spec_of(count, matrix=dict(fault=["", "raise"]), base=dict(pause=0))))
+    def dmrs(command, *words, code=0):
+        done = CliRunner().invoke(app, ["grid", command, *map(str, words), "--out", str(tmp_path / "out")])
+        assert done.exit_code == code, done.output
+        return done.output
+    spec = tmp_path / "s.yaml"
+    assert "2 left; to run: 2, no like run to estimate from" in dmrs("plan", spec) and not (tmp_path / "out").exists()
+    said = dmrs("run", spec, "--in-process", "--quiet", code=1)
+    assert "1 trained, 1 failed" in said and "RuntimeError: the loss is no number" in said
+    assert "1 done, 1 failed; to run: 1, about" in dmrs("plan", spec)
+    assert "1 done, 1 failed" in dmrs("status", spec) and "1 runs, 1 not finished" in dmrs("collect", spec)
+    assert "acc1 = 0.01" in dmrs("show", "count-by1-s0") and "last lines:" in dmrs("show", "raise") and "no number" in dmrs("show", "raise")
+    assert "found none of" in dmrs("show", "nothing", code=2) and "--failed or --stale" in dmrs("clean", spec, code=2)
+    assert "1 removed" in dmrs("clean", spec, "--failed") and "there is no such file" in dmrs("plan", tmp_path / "gone.yaml", code=2)
 
 
 # ---- kills
