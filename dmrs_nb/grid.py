@@ -951,5 +951,5 @@ def clean(
     for path in sorted((grid.out / ".grid").glob("*.stale")) if stale else (): shutil.rmtree(path); gone.append(path)
     return gone
 
-# %% ../nbs/52_grid.ipynb #58c90152
+# %% ../nbs/52_grid.ipynb #5d922563
 if __name__ == "__main__" and "__file__" in globals(): worker()   # a notebook is `__main__` too, but no file
