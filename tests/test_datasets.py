@@ -284,3 +284,24 @@ def test_torchgeo_sees_the_same_so2sat(tmp_path):
             want = (sample["image"].numpy()[::-1].transpose(1, 2, 0)/.3).clip(0, 1)*255
             assert np.abs(np.asarray(Image.open(items.root/path)) - want).max() <= 1, path
     assert [c.lower().split()[0] for c in torchgeo.So2Sat.classes][:8] == [w.split()[0] for w in LCZ.values()][:8]
+
+
+def test_split_lists_reach_a_run_as_fields_of_its_config(tmp_path):
+    from dmrs_nb.config import ConfigError, make_config
+    from dmrs_nb.training import fit, prepare
+    for name, grey in (("beach", 40), ("forest", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6): Image.new("RGB", (24, 24), (grey, grey + 5 * i, grey)).save(tmp_path / "images" / name / f"{i}.png")
+    lines = lambda rows: "".join(f"images/{c}/{i}.png {k}\n" for k, c, i in rows)
+    (tmp_path / "NWPU_train_imb_0.1.txt").write_text(lines([(0, "beach", i) for i in range(4)] + [(1, "forest", 0)]))
+    (tmp_path / "NWPU_test_imb_0.1.txt").write_text(lines([(k, c, i) for k, c in enumerate(("beach", "forest")) for i in (4, 5)]))
+    lists = dict(data_root=str(tmp_path / "images"), train_list=str(tmp_path / "NWPU_train_imb_0.1.txt"), test_list=str(tmp_path / "NWPU_test_imb_0.1.txt"),
+                 cache_dir=str(tmp_path / "cache"), out_dir=str(tmp_path / "runs"), device="cpu")
+    task = prepare(make_config("zero-shot", val_size=0, **lists), progress=False)
+    assert list(task.split.cls_num_list) == [4, 1] and len(task.split.test) == 4 and not len(task.split.val) and "as the lists have them" in task.parts
+    run = fit(make_config("linear-probe", val_size=0, steps=2, batch_size=2, **lists), progress=False)
+    assert run.result()["data"]["cls_num_list"] == [4, 1] and run.config["train_list"] == lists["train_list"]
+    assert fit(make_config("linear-probe", val_size=0, steps=2, batch_size=2, **lists), progress=False).path == run.path   # found again
+    (tmp_path / "NWPU_train_imb_0.1.txt").write_text("images/beach/99.png 0\nimages/forest/0.png 1\n")
+    with pytest.raises(ValueError, match="99.png"): prepare(make_config("zero-shot", **lists), progress=False)
+    with pytest.raises(ConfigError, match="go together"): make_config("zero-shot", **{k: v for k, v in lists.items() if k != "test_list"})
