@@ -129,7 +129,7 @@ def test_an_image_that_vanishes_while_training_spoils_no_run(tmp_path):
 # ---- the config
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(method="dmsr"), "method: found 'dmsr', expected one of zero-shot, linear-probe, ce, logit-adjusted, dmrs; did you mean 'dmrs'?"),
+    (dict(method="dmsr"), "balpoe, dmrs, dmrs-official; did you mean 'dmrs'?"),
     (dict(mehtod="dmrs"), "mehtod: unknown parameter; did you mean 'method'?"),
     (dict(imb_type="exp", imb_factor=0), "imb_factor: found 0, expected greater than 0"),
     (dict(imb_type="exp", imb_factor=1.5), "imb_factor: found 1.5, expected less than or equal to 1"),
