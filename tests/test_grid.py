@@ -292,7 +292,7 @@ def test_a_grid_that_is_killed_three_times_ends_in_the_same_table_and_trains_not
         until(lambda: len(traced(out)) >= moment or process.poll() is not None)
         process.kill(); process.wait()
         until(lambda: not [pid for pid in {p for _, p, _ in traced(out)} if alive(pid)])
-        assert moment < 50 or not status(spec, out).attrs["counts"].get("running")
+        until(lambda: not status(spec, out).attrs["counts"].get("running"))   # whoever had not written a trace yet dies with its parent, too
     result = quiet(spec, out, workers=2)
     assert not result.failed
     tables = [collect(spec, f).drop(columns="train_s") for f in (tmp_path / "calm", out)]
