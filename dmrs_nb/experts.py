@@ -232,6 +232,8 @@ class MultiExpertCLIP(nn.Module):
     def merged(self, expert: int) -> nn.Module: return merge_expert(self, expert)
     def save_adapters(self, folder: str | Path) -> None: write_experts(self, folder)
     def load_adapters(self, folder: str | Path) -> "MultiExpertCLIP": return read_experts(self, folder)
+    def save(self, folder: str | Path) -> None: self.save_adapters(folder); self.head is None or self.head.save(folder)
+    def load(self, folder: str | Path) -> "MultiExpertCLIP": self.load_adapters(folder); self.head is None or self.head.load(folder); return self
 
 # %% ../nbs/12_experts.ipynb #23c08b8b
 def expert_logits(

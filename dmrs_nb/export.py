@@ -396,8 +396,7 @@ def _as_torch_export(plan: dict, folder: Path): write_torch_export(plan["classif
 
 def _as_peft(plan: dict, folder: Path):
     write_open_clip(plan["clip"].model, open_clip_config(plan["clip"], custom=True), folder / "peft" / "base", plan["dtype"])
-    plan["model"].save_adapters(folder / "peft")
-    if plan["model"].head is not None: plan["model"].head.save(folder / "peft")
+    plan["model"].save(folder / "peft")
 
 
 FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "torch-export": _as_torch_export, "peft": _as_peft}

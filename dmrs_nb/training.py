@@ -7,10 +7,10 @@ __all__ = ['BATCHES', 'PASSES', 'LEAST_STEPS', 'MOST_STEPS', 'Task', 'items_of',
            'parts_reason', 'prepare', 'build_model', 'head_of', 'trainable', 'check_device', 'free_memory',
            'image_memory', 'choose_batch', 'choose_steps', 'with_budget', 'resolve', 'precision_of', 'decisions',
            'lr_at', 'step_seed', 'FeatureBatches', 'budget', 'on_features', 'make_batches', 'make_optimizer',
-           'mixing_of', 'loss_of', 'diverged', 'Learner', 'predict_logits', 'joined', 'score', 'looks_at', 'evaluate',
-           'save_model', 'load_model', 'make_accelerator', 'due', 'learn', 'drawn_metrics', 'tip_cache',
-           'frozen_features', 'first_stage', 'wait_for', 'second_stage', 'chosen_on', 'settle', 'fit', 'image_sources',
-           'read_image', 'find_run', 'answer_shares', 'Predictor', 'load_predictor', 'predict']
+           'mixing_of', 'given_beta', 'loss_of', 'diverged', 'Learner', 'answers_of', 'predict_logits', 'joined',
+           'score', 'looks_at', 'evaluate', 'save_model', 'load_model', 'make_accelerator', 'due', 'learn',
+           'drawn_metrics', 'tip_cache', 'frozen_features', 'first_stage', 'second_stage', 'chosen_on', 'settle', 'fit',
+           'image_sources', 'read_image', 'find_run', 'answer_shares', 'Predictor', 'load_predictor', 'predict']
 
 # %% ../nbs/51_training.ipynb #9ddf9b33
 import csv
@@ -48,7 +48,7 @@ from .metrics import compute_metrics
 from .mixing import MIXINGS, make_mixing
 from .prompts import PromptCLIP, TextLoRA, TwoSidedCLIP
 from .rebalancing import class_weights
-from .runs import RunFolder, RunLocked, list_runs, read_json, write_atomic, write_json
+from .runs import RunFolder, list_runs, read_json, write_atomic, write_json
 from .sampling import index_stream, sampling_prior
 from .tip_adapter import TipAdapter, cache_keys, open_cache, tune
 
@@ -140,8 +140,8 @@ def parts_reason(
     own = [] if items.split is None else [p for p in ("train", "val", "test") if (items.split == p).any()]
     shares = dict(val=config.val_size, test=config.test_size)
     carved = " and ".join(f"{share:.0%} for {p}" for p, share in shares.items() if share and p not in own)
-    if config.train_list: said = f"{', '.join(own)} as the lists have them" + (f"; taken out of train, class by class: {carved}" if carved else "")
-    elif own: said = f"{', '.join(p + '/' for p in own)} as the folder has them" + (f"; taken out of train/, class by class: {carved}" if carved else "")
+    slash, source = ("", "lists have") if config.train_list else ("/", "folder has")
+    if own: said = f"{', '.join(p + slash for p in own)} as the {source} them" + (f"; taken out of train{slash}, class by class: {carved}" if carved else "")
     elif config.split == "published": said = f"one shuffle of all images, {config.test_size:.0%} for test, as published"
     else: said = f"drawn class by class: {config.val_size:.0%} for val, {config.test_size:.0%} for test, the rest for train"
     for part in ("val", "test"):
@@ -432,14 +432,18 @@ def mixing_of(
     return make_mixing(config.mixing, len(task.words), generator=torch.Generator(), **kw)
 
 
+def given_beta(config) -> dict: return {} if config.beta is None else dict(beta=config.beta)   # else each loss has its own
+
+
 def loss_of(
     config: RunConfig,
     task: Task,
 ) -> torch.nn.Module:  # (logits, targets) → scalar
     "The loss that a config asks for, on the class counts of the training part."
-    margins = dict(max_m=config.max_margin, s=config.logit_scale or task.clip.logit_scale, beta=0.9999 if config.beta is None else config.beta, defer=config.defer)
+    beta = given_beta(config)
+    margins = dict(max_m=config.max_margin, s=config.logit_scale or task.clip.logit_scale, defer=config.defer) | beta
     kw = {"mme": dict(lambdas=config.lambdas), "logit-adjusted": dict(tau=config.tau), "focal": dict(gamma=config.gamma), "sade": dict(tau=config.tau),
-          "class-balanced": dict(beta=0.999 if config.beta is None else config.beta), "ldam-drw": margins, "ride": margins | dict(diversity=config.diversity)}
+          "class-balanced": beta, "ldam-drw": margins, "ride": margins | dict(diversity=config.diversity)}
     return make_loss(config.loss, task.split.cls_num_list, num_experts=config.num_experts, **kw.get(config.loss, {}))
 
 # %% ../nbs/51_training.ipynb #5001fa6c
@@ -486,6 +490,20 @@ class Learner:
 
 # %% ../nbs/51_training.ipynb #e4dc5690
 @torch.inference_mode()
+def answers_of(
+    call,                    # images (B, 3, S, S) → (B, …) or (E, B, …)
+    batches,                 # normalised images (B, 3, S, S)
+    device="cpu",
+    autocast=nullcontext,    # precision of the forward pass
+) -> torch.Tensor:           # (E, N, …) float32, on the CPU; E = 1 where there was none
+    "What a model, or a part of one, makes of many batches."
+    parts = []
+    for images in batches:
+        with autocast(): found = call(images.to(device))
+        parts.append((found if found.dim() == 3 else found[None]).float().cpu())
+    return torch.cat(parts, 1)
+
+# %% ../nbs/51_training.ipynb #1fc2f625
 def predict_logits(
     model: torch.nn.Module,
     batches,                 # normalised images (B, 3, S, S)
@@ -493,13 +511,11 @@ def predict_logits(
     autocast=nullcontext,    # precision of the forward pass
 ) -> np.ndarray:             # (E, N, C) float32; E = 1 for a model without experts
     "Logits of many batches."
-    was_training, parts = model.training, []
+    was_training = model.training
     model.eval()
-    for images in batches:
-        with autocast(): logits = tte_logits(model, images.to(device)) if getattr(model, "tte", False) else model(images.to(device))
-        parts.append((logits if logits.dim() == 3 else logits[None]).float().cpu())
+    logits = answers_of((lambda images: tte_logits(model, images)) if getattr(model, "tte", False) else model, batches, device, autocast)
     model.train(was_training)
-    return torch.cat(parts, 1).numpy()
+    return logits.numpy()
 
 
 def joined(
@@ -541,23 +557,6 @@ def evaluate(
     return score(joined(logits, getattr(model, "expert_weights", None)), task.items.targets[indices], task.groups)[0], logits
 
 # %% ../nbs/51_training.ipynb #e2c2ef71
-def _save_part(model, folder):
-    "Everything that a model of ours has learnt, each part in its own file."
-    if not isinstance(model, MultiExpertCLIP): model.save(folder)
-    else:
-        model.save_adapters(folder)
-        if model.head is not None: model.head.save(folder)
-    if (weights := getattr(model, "expert_weights", None)) is not None: write_tensors(folder / "expert_weights.safetensors", {"expert_weights": weights})
-
-
-def _load_part(model, folder):
-    if not isinstance(model, MultiExpertCLIP): model.load(folder)
-    else:
-        model.load_adapters(folder)
-        if model.head is not None: model.head.load(folder)
-    if (weights := getattr(model, "expert_weights", None)) is not None: weights.copy_(load_file(folder / "expert_weights.safetensors")["expert_weights"])
-
-
 def save_model(
     model: torch.nn.Module,
     task: Task,
@@ -566,7 +565,8 @@ def save_model(
     "Write what was trained, and the classes it answers with."
     folder = Path(folder)
     if isinstance(model, LinearProbe): write_tensors(folder / "head.safetensors", model.head.state_dict())
-    else: _save_part(model, folder)
+    else: model.save(folder)
+    if (weights := getattr(model, "expert_weights", None)) is not None: write_tensors(folder / "expert_weights.safetensors", {"expert_weights": weights})
     write_tensors(folder / "text_features.safetensors", {"text_features": task.text})
     write_json(folder / "classes.json", {"classnames": list(task.items.classnames), "words": list(task.words)})
 
@@ -586,7 +586,8 @@ def load_model(
         if config.adapter in ("tip", "tip-f"): return open_cache(clip, folder, config.adapter == "tip-f").to(device).eval(), clip, classes
         model = build_model(config, clip, text, classes["words"])
         if isinstance(model, LinearProbe): model.head.load_state_dict(load_file(folder / "head.safetensors"))
-        else: _load_part(model, folder)
+        else: model.load(folder)
+        if (weights := getattr(model, "expert_weights", None)) is not None: weights.copy_(load_file(folder / "expert_weights.safetensors")["expert_weights"])
     except (OSError, KeyError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: the saved model is damaged ({' '.join(str(e).split())[:200]}); delete the run folder and train again") from e
     return model.to(device).eval(), clip, classes
@@ -789,8 +790,7 @@ def drawn_metrics(
     "Metrics of the test images as they are, or of as many class-balanced random draws from them (test_draw=class)."
     targets, seen = task.items.targets[task.split.test], np.arange(len(task.split.test))
     if config.test_draw == "class":   # random classes, each dealt from its own deck: some images twice, some never
-        present, own = np.unique(targets, return_inverse=True)
-        seen = index_stream("class", own, len(targets), seed=step_seed(config.seed, 0, 99) % 2**32)
+        seen = index_stream("class", np.unique(targets, return_inverse=True)[1], len(targets), seed=step_seed(config.seed, 0, 99) % 2**32)
     return score(joined(logits, getattr(model, "expert_weights", None))[:, seen], targets[seen], task.groups)[0]
 
 
@@ -813,11 +813,8 @@ def frozen_features(
     autocast=nullcontext,
 ) -> torch.Tensor:           # (N, D) unit length, on the CPU
     "What a trained encoder makes of a part, images as they are."
-    batches, found = eval_batches(task.cache, getattr(task.split, part), looks_at(config), eval_transform(task.clip.preprocess)), []
-    with torch.inference_mode():
-        for images in batches:
-            with autocast(): found.append(model.image_features(images.to(device))[0].float().cpu())
-    return torch.cat(found) if found else torch.zeros(0, task.text.shape[1])
+    batches = eval_batches(task.cache, getattr(task.split, part), looks_at(config), eval_transform(task.clip.preprocess))
+    return answers_of(model.image_features, batches, device, autocast)[0]
 
 # %% ../nbs/51_training.ipynb #d64a3f4a
 def first_stage(
@@ -828,40 +825,25 @@ def first_stage(
     return RunConfig(**config.model_dump() | usual | dict(method="ce"))
 
 
-def wait_for(
-    config: RunConfig,
-    task: Task,
-    progress: bool = True,
-    patience: float = 6 * 3600,  # seconds
-) -> RunFolder:                  # finished
-    "Train a run, or wait while another process does."
-    for _ in range(max(1, int(patience / 2))):
-        try: return fit(config, progress=progress, task=task)
-        except RunLocked: time.sleep(2)
-    return fit(config, progress=progress, task=task)
-
-
 def second_stage(
-    learner,             # its model gets the first stage's adapters and a new classifier
+    learner,             # its model gets what the first stage learnt and a changed classifier
     task: Task,
-    callback=None,
     progress: bool = True,
 ) -> float:              # seconds of training, of both stages
-    "Begin from the finished first stage and change its classifier."
+    "Begin from the finished first stage, waiting where another process trains it, and change its classifier."
     config, a, model = learner.config, learner.accelerator, learner.accelerator.unwrap_model(learner.model)
-    first = wait_for(first_stage(config), task, progress)
-    clock, before = time.perf_counter(), load_model(first, "cpu")[0]
-    own = model.head
-    model.load_state_dict({k: v for k, v in before.state_dict().items() if k.startswith("adapters.")}, strict=False)
-    if before.head is not None: own.load_state_dict(before.head.state_dict())
+    first = fit(first_stage(config), progress, task=task, patience=6 * 3600)
+    clock = time.perf_counter()
+    model.load_adapters(first.adapter_path)
+    if config.classifier != "text": model.head.load(first.adapter_path)
     model.eval()
-    with torch.no_grad(): changed = _STAGE2[config.stage2](learner, task, lambda part: frozen_features(model, task, part, config, a.device, a.autocast))
-    own.load_state_dict(own.state_dict() | changed)
-    learner.looked = None
+    features = lambda part: frozen_features(model, task, part, config, a.device, a.autocast)
+    with torch.no_grad(): changed = _STAGE2[config.stage2](learner, task, model.head, features)
+    model.head.load_state_dict(model.head.state_dict() | changed)
     return first.result()["timings"]["train_s"] + time.perf_counter() - clock
 
 # %% ../nbs/51_training.ipynb #90845f75
-def _posthoc(learner, task, features): return dict(bias=posthoc_bias(task.split.cls_num_list, learner.config.tau) / learner.accelerator.unwrap_model(learner.model).head.scale)
+def _posthoc(learner, task, head, features): return dict(bias=posthoc_bias(task.split.cls_num_list, learner.config.tau) / head.scale)
 
 
 def chosen_on(
@@ -871,19 +853,20 @@ def chosen_on(
     return "val" if len(task.split.val) else "train"
 
 
-def _tau_norm(learner, task, features):
-    weight, part = learner.accelerator.unwrap_model(learner.model).head.weight.detach().cpu(), chosen_on(task)
+def _tau_norm(learner, task, head, features):
+    weight, part = head.weight.detach().cpu(), chosen_on(task)
     tau = choose_tau(weight, features(part), torch.as_tensor(task.items.targets[getattr(task.split, part)]))
     learner.chosen = dict(stage2_tau=tau, chosen_on=part)
     return dict(weight=tau_normalise(weight, tau), bias=torch.zeros(len(weight)))
 
 
-def _crt(learner, task, features):
+def _crt(learner, task, head, features):
+    scale = 25.0   # learnt at one scale whatever the backbone's
     config, targets = learner.config, task.items.targets[task.split.train]
     steps = math.ceil(config.stage2_epochs * len(targets) / config.batch_size)
     with torch.enable_grad():
-        found = retrain_classifier(features("train"), targets, len(task.words), steps, config.batch_size, config.stage2_lr, generator=torch.Generator().manual_seed(config.seed))
-    return {k: v * 25 / learner.accelerator.unwrap_model(learner.model).head.scale for k, v in found.items()}   # learnt at one scale whatever the backbone's
+        found = retrain_classifier(features("train"), targets, len(task.words), steps, config.batch_size, config.stage2_lr, scale=scale, generator=torch.Generator().manual_seed(config.seed))
+    return {k: v * scale / head.scale for k, v in found.items()}
 
 
 _STAGE2 = {"posthoc-la": _posthoc, "tau-norm": _tau_norm, "crt": _crt}
@@ -898,11 +881,12 @@ def settle(
     if config.adapter in ("tip", "tip-f"):
         indices = getattr(task.split, part := chosen_on(task))
         features = encode_images(task.clip, eval_batches(task.cache, indices, looks_at(config), eval_transform(task.clip.preprocess)))
-        found = tune(model, features, torch.as_tensor(task.items.targets[indices]))
+        learner.looked, found = None, tune(model, features, torch.as_tensor(task.items.targets[indices]))
         learner.chosen = dict(alpha=found["alpha"], beta=found["beta"], chosen_on=part)
     if config.combine == "test-time":
         views = [Batches(task.cache, task.items.targets, task.split.test, looks_at(config), train_transform("aerial", task.clip.preprocess), seed=step_seed(config.seed, v, 97)) for v in (0, 1)]
         seen = [torch.from_numpy(predict_logits(model, (b[i][0] for i in range(len(b))), a.device, a.autocast)) for b in views]
+        learner.looked = None   # it answered with other weights
         model.expert_weights.copy_(test_time_weights(*seen))
 
 # %% ../nbs/51_training.ipynb #c788eb1d
@@ -911,6 +895,7 @@ def fit(
     progress: bool = True,   # bars
     callback=None,           # called with each row of the history
     task: Task = None,       # what `prepare(config)` made, to spare making it again
+    patience: float = 10.0,  # seconds to wait for another process that trains this very run
 ) -> RunFolder:              # finished
     "Train what `config` says and judge it on the test part; a finished run is returned as it is, an interrupted one goes on."
     clock = time.perf_counter()
@@ -923,7 +908,7 @@ def fit(
     run = RunFolder(Path(config.out_dir) / config.run_id)
     if run.done: return _finished(run, config, task.items)
     with _enough_memory(config, accelerator.device): learner = _learner(config, task, accelerator)
-    with run.lock() if main else nullcontext():
+    with run.lock(patience) if main else nullcontext():
         if main: run.start(config.content(), device=str(accelerator.device))
         accelerator.wait_for_everyone()
         if run.done: return run
@@ -937,11 +922,10 @@ def _fit(learner, task, run, clock, callback, progress):
     if task.bad and a.is_main_process: _write_bad(run, task.bad)
     if config.tensorboard: a.project_configuration.logging_dir = str(run.path); a.init_trackers("tensorboard")
     learner.model.train()
-    if config.stage2 != "none": ended["train_s"] = second_stage(learner, task, callback, progress)
+    if config.stage2 != "none": ended["train_s"] = second_stage(learner, task, progress)
     elif learner.steps and trainable(model): ended = learn(learner, task, make_batches(config, task, model), run, callback, progress)
     if ended["best"]: _restore(model, ended["best"]["weights"])
     if ended["best"] and ended["best"]["step"] != learner.steps: learner.looked = None   # at other weights than those that are kept
-    if not len(trainable(model)) or config.adapter == "tip-f": learner.looked = None
     settle(learner, task)
     a.wait_for_everyone()
     if a.is_main_process: _finish(learner, task, run, dict(prepare_s=prepared, train_s=ended["train_s"]), clock)
@@ -1041,7 +1025,7 @@ def answer_shares(
     E, n = config.num_experts, cls_num_list
     if config.stage2 == "crt": return torch.full((1, len(n)), 1 / len(n))
     shown = torch.as_tensor(sampling_prior(config.sampler, n)).float()
-    weight = {"weighted-ce": lambda: class_weights(n), "class-balanced": lambda: class_weights(n, "effective", 0.999 if config.beta is None else config.beta)}
+    weight = {"weighted-ce": lambda: class_weights(n), "class-balanced": lambda: class_weights(n, "effective", **given_beta(config))}
     if config.loss in weight: shown = shown * weight[config.loss]()
     if config.loss == "sade": rows = (shown.log() - make_loss("sade", n, 3, tau=config.tau).adjustments).softmax(-1)
     else:

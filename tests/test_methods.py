@@ -125,6 +125,14 @@ def test_sade_can_weigh_its_experts_at_test_time(bench):
     np.testing.assert_allclose(stored(run)["test_logits"][0], np.einsum("e,enc->nc", weights, again), atol=1e-4)
 
 
+@pytest.mark.parametrize("method, fields", [("sade", dict(combine="test-time", lr=0.05)), ("tip-adapter-f", {}), ("crt", {}), ("posthoc-la", {}), ("balpoe", {})])
+def test_metrics_of_validation_are_those_of_the_stored_answers_whatever_was_settled_after_training(bench, method, fields):
+    run = bench.fit(method, **fields)
+    kept, val = stored(run), run.result()["val"]
+    found = score(kept["val_logits"], kept["val_targets"], np.array(run.result()["data"]["shot_groups"]))[0]
+    assert {k: pytest.approx(v) for k, v in found.items()} == val
+
+
 # ---- stopped and taken up
 
 @pytest.mark.parametrize("method", ["lift", "coop", "tip-adapter-f", "clip-lora", "ride", "cmo"])
