@@ -12,17 +12,7 @@ from dmrs_nb.ensembles import (LOSSES, RIDELoss, SADELoss, combine_logits, diver
 from dmrs_nb.ensembles import test_time_weights as weights_of_views  # under a name that pytest does not collect
 from dmrs_nb.losses import BalancedSoftmaxLoss, CrossEntropyLoss, LogitAdjustedLoss, MMELoss, effective_prior, ensemble
 from dmrs_nb.rebalancing import ClassBalancedLoss, FocalLoss, LDAMLoss, WeightedCrossEntropyLoss
-
-COUNTS = [100, 60, 20, 5, 1]
-
-
-def close(a, b, atol=1e-5, rtol=1e-5): torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=rtol, check_dtype=False)
-
-
-def problem(seed=0, experts=3, batch=7, classes=5, scale=3.):
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(experts, batch, classes, generator=g, dtype=torch.float64) * scale
-    return z, torch.randint(classes, (batch,), generator=g), torch.rand(batch, classes, generator=g, dtype=torch.float64).softmax(1)
+from loss_problems import COUNTS, close, problem
 
 
 # -- SADE ------------------------------------------------------------------------------------------------------------------------------

@@ -27,12 +27,7 @@ TINY = dict(method="ce", steps=2, batch_size=4, augment="none", expert_blocks=1,
 ASSETS = Path(__file__).parents[1] / "dmrs_nb" / "assets"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_folder(root, counts):

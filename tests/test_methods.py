@@ -28,12 +28,7 @@ UNTRAINED, MEANS = ("zero-shot", "tip-adapter"), ("ride", "sade", "balpoe")
 DATA = ("templates", "class_words", "split", "val_size", "thresholds", "split_seed")   # the fields that a task depends on
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Bench:

@@ -11,18 +11,9 @@ from torch.nn import functional as F
 from dmrs_nb.losses import CrossEntropyLoss, MMELoss
 from dmrs_nb.rebalancing import (ClassBalancedLoss, FocalLoss, LDAMLoss, WeightedCrossEntropyLoss, class_weights, label_shares, ldam_margins,
                                  weighted_cross_entropy)
+from loss_problems import COUNTS, close, problem
 
 LOSSES = [WeightedCrossEntropyLoss, FocalLoss, ClassBalancedLoss, LDAMLoss]
-COUNTS = [100, 60, 20, 5, 1]
-
-
-def close(a, b, atol=1e-5, rtol=1e-5): torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=rtol, check_dtype=False)
-
-
-def problem(seed=0, experts=2, batch=7, classes=5, scale=3.):
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(experts, batch, classes, generator=g, dtype=torch.float64) * scale
-    return z, torch.randint(classes, (batch,), generator=g), torch.rand(batch, classes, generator=g, dtype=torch.float64).softmax(1)
 
 
 # -- against loops ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +103,7 @@ def test_focal_as_published():
 
 @pytest.mark.parametrize("kind", [1, 2])
 def test_identities(kind):
-    data = problem(5)
+    data = problem(5, experts=2)
     z, targets = data[0], data[kind]
     ce = CrossEntropyLoss()(z, targets)
     for loss in (FocalLoss(gamma=0), ClassBalancedLoss(COUNTS, beta=0), WeightedCrossEntropyLoss([9] * 5), LDAMLoss(COUNTS, max_m=0),
@@ -213,7 +204,7 @@ def test_two_axes_are_one_expert_and_one_class_costs_nothing(loss):
 
 
 def test_weighted_cross_entropy_leaves_its_inputs():
-    z, y, _ = problem(12)
+    z, y, _ = problem(12, experts=2)
     shares = label_shares(z, y)
     assert shares[0].shape == shares[1].shape == (14, 5) and shares[1].sum(1).eq(1).all()
     before = z.clone()

@@ -28,13 +28,7 @@ LONG = TINY | dict(method="dmrs", steps=30, eval_every=10, checkpoint_every=2)  
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Sums depend on the number of threads in their last bit: the same number here and in every process that is started."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")   # sums depend on the number of threads in their last bit: the same number here and in every process that is started
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def test_a_folder_of_another_config_and_a_locked_one_are_left_alone(few_images, 
     code, line = dmrs(path)
     assert code == 2 and "lr is 5 there and 0.01 here" in line
     run.config_path.unlink()
-    monkeypatch.setattr(RunFolder, "lock", lambda self: lock(self, timeout=0.05))
+    monkeypatch.setattr(RunFolder, "lock", lambda self, timeout=None: lock(self, timeout=0.05))
     with run.lock(): code, line = dmrs(path)
     assert code == 3 and "in use by another process" in line and not run.config_path.exists()
 
@@ -125,7 +119,7 @@ def test_a_folder_of_another_config_and_a_locked_one_are_left_alone(few_images, 
 def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(few_images, whole, tmp_path, monkeypatch):
     config, rows = make_config(**LONG, data_root=str(few_images), out_dir=str(tmp_path)), []
     @contextlib.contextmanager
-    def lock(self):   # held by another process until that has finished
+    def lock(self, timeout):   # held by another process until that has finished
         shutil.copytree(whole.path, self.path)
         yield self
     monkeypatch.setattr(RunFolder, "lock", lock)
