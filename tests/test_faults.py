@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import dmrs_nb
 from dmrs_nb.cli import app
-from dmrs_nb.config import make_config
+from dmrs_nb.config import METHODS, make_config
 from dmrs_nb.runs import RunFolder
 from dmrs_nb.training import fit, predict
 
@@ -124,7 +124,7 @@ def test_an_image_that_vanishes_while_training_spoils_no_run(tmp_path):
 # ---- the config
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(method="dmsr"), "balpoe, dmrs, dmrs-official; did you mean 'dmrs'?"),
+    (dict(method="dmsr"), f"method: found 'dmsr', expected one of {', '.join(METHODS)}; did you mean 'dmrs'?"),
     (dict(mehtod="dmrs"), "mehtod: unknown parameter; did you mean 'method'?"),
     (dict(imb_type="exp", imb_factor=0), "imb_factor: found 0, expected greater than 0"),
     (dict(imb_type="exp", imb_factor=1.5), "imb_factor: found 1.5, expected less than or equal to 1"),
